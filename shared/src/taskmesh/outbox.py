@@ -1,0 +1,110 @@
+"""The outbox: messages that leave if, and only if, the transaction that wrote them commits.
+
+A row waits for its `due_at`, so a follow-up task, an event, a retry and a task for next Tuesday are all the same thing.
+The relay (`taskmesh.relay`) publishes due rows and deletes them once the broker has confirmed them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    Uuid,
+    func,
+    insert,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import Session
+from sqlalchemy.sql import Insert
+
+metadata = MetaData()
+"""The tables that every service has: outbox and inbox. Created by the library's own migrations."""
+
+NOTIFY_CHANNEL = "taskmesh_outbox"
+"""A trigger notifies it when rows are inserted; the payload is empty."""
+
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("due_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("exchange", Text, nullable=False),
+    Column("routing_key", Text, nullable=False),
+    Column("mandatory", Boolean, nullable=False),
+    Column("headers", JSONB, nullable=False),
+    Column("properties", JSONB, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("task_id", Uuid, nullable=True),
+    Column("expires_at", DateTime(timezone=True), nullable=True),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("failures", Integer, nullable=False, server_default="0"),
+    Column("last_error", Text, nullable=True),
+    Index("outbox_due", "due_at", "id"),
+    Index("outbox_task", "task_id"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutboxMessage:
+    """A message on its way into the outbox.
+
+    Attributes:
+        exchange, routing_key: Where it will be published.
+        headers, properties: AMQP headers, and basic properties under pika's names; JSON values only.
+        body: The bytes as they will travel.
+        mandatory: A message that no queue takes is kept and reported (commands) rather than dropped (events).
+        due_at: Not published before; None means at once.
+        expires_at: Not published after; the relay reports the task `expired` instead.
+        task_id: The task that the message carries; None for lifecycle events and manifests.
+    """
+
+    exchange: str
+    routing_key: str
+    body: bytes
+    headers: dict[str, Any] = field(default_factory=dict)
+    properties: dict[str, Any] = field(default_factory=dict)
+    mandatory: bool = True
+    due_at: datetime | None = None
+    expires_at: datetime | None = None
+    task_id: UUID | None = None
+
+
+def insert_messages(messages: Sequence[OutboxMessage]) -> Insert:
+    """One INSERT for any number of messages; the caller executes it in its transaction."""
+    return insert(outbox).values(
+        [
+            {
+                "due_at": message.due_at if message.due_at is not None else func.now(),
+                "exchange": message.exchange,
+                "routing_key": message.routing_key,
+                "mandatory": message.mandatory,
+                "headers": message.headers,
+                "properties": message.properties,
+                "body": message.body,
+                "task_id": message.task_id,
+                "expires_at": message.expires_at,
+            }
+            for message in messages
+        ]
+    )
+
+
+def put(session: Session, messages: Sequence[OutboxMessage]) -> None:
+    """Add messages to the caller's transaction."""
+    if messages:
+        session.execute(insert_messages(messages))

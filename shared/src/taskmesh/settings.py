@@ -1,0 +1,83 @@
+"""Settings that every role of every service has. Built once in an entry point and handed down.
+
+There is no default for a secret or an address: a missing one stops the process at start and names the variable.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def _postgres(value: SecretStr) -> SecretStr:
+    if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
+        raise ValueError("must start with postgresql://")
+    return value
+
+
+def _amqp(value: SecretStr) -> SecretStr:
+    if not value.get_secret_value().startswith(("amqp://", "amqps://")):
+        raise ValueError("must start with amqp:// or amqps://")
+    return value
+
+
+PostgresUrl = Annotated[SecretStr, AfterValidator(_postgres)]
+AmqpUrl = Annotated[SecretStr, AfterValidator(_amqp)]
+
+
+class ServiceSettings(BaseSettings):
+    """What each role needs: where its database and its broker are, and how it reports."""
+
+    model_config = SettingsConfigDict(env_prefix="TASKMESH_", frozen=True, extra="ignore")
+
+    database_url: PostgresUrl
+    """`postgresql://role:password@host:port/database`; the setup role is given the owner's, every other role its own."""
+    amqp_url: AmqpUrl
+    """`amqp://user:password@host:port/vhost`, likewise."""
+    log_format: Literal["json", "console"] = "json"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    health_dir: Path | None = None
+    """Where a role writes its `<service>-<role>.ready` and `.alive` files; None writes none."""
+
+
+class SetupSettings(ServiceSettings):
+    """The setup role also talks to the broker's management API, to set policies."""
+
+    management_url: SecretStr
+    """`http://user:password@host:port` of RabbitMQ's management API."""
+
+
+class RelaySettings(ServiceSettings):
+    relay_batch_size: Annotated[int, Field(ge=1, le=5000)] = 500
+    """Rows claimed and confirmed at a time; 500 is where pipelined confirms stop gaining on one node."""
+    relay_poll_seconds: Annotated[float, Field(gt=0, le=60)] = 1.0
+    """The longest wait for a due row whose notification was lost."""
+    announce_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """How often a worker service's relay announces the manifest again."""
+
+
+class WorkerSettings(ServiceSettings):
+    worker_concurrency: Annotated[int, Field(ge=1, le=256)] = 2
+    worker_pool: Literal["prefork", "threads", "solo"] = "prefork"
+    soft_shutdown_seconds: Annotated[float, Field(ge=0)] = 20.0
+    """How long running tasks may go on after SIGTERM before their messages go back to the queue."""
+
+
+SettingsT = TypeVar("SettingsT", bound=BaseSettings)
+
+
+def load(settings: type[SettingsT]) -> SettingsT:
+    """Read the environment, or end the process with one line for each wrong variable."""
+    try:
+        return settings()
+    except ValidationError as error:
+        prefix = settings.model_config.get("env_prefix", "")
+        for problem in error.errors():
+            variable = prefix + "_".join(str(part) for part in problem["loc"]).upper()
+            # The value is left out: it may hold a password.
+            print(f"{variable}: {problem['msg']}", file=sys.stderr)
+        raise SystemExit(2) from None
