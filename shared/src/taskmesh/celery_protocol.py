@@ -1,0 +1,281 @@
+"""Celery message protocol v2, written and read here and nowhere else.
+
+A Taskmesh message *is* a Celery message: plain Celery can publish to the mesh, and Celery's worker runs what the gateway
+publishes. What the mesh adds travels in headers that start with `taskmesh_`, and in W3C `traceparent`.
+
+Source: https://docs.celeryq.dev/en/stable/internals/protocol.html, held against Celery's own code by
+`tests/shared/test_celery_protocol.py` and the golden files in `tests/contracts/golden/`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+from uuid import UUID, uuid5
+
+from taskmesh.contracts._base import TYPE_PATTERN
+from taskmesh.contracts.lifecycle import TaskKind
+from taskmesh.errors import PermanentError
+from taskmesh.outbox import OutboxMessage
+
+COMMANDS_EXCHANGE = "taskmesh.commands"
+EVENTS_EXCHANGE = "taskmesh.events"
+
+KIND_HEADER = "taskmesh_kind"
+VERSION_HEADER = "taskmesh_version"
+TENANT_HEADER = "taskmesh_tenant"
+EXPIRES_HEADER = "taskmesh_expires_at"
+EVENT_ID_HEADER = "taskmesh_event_id"
+ETA_HEADER = "taskmesh_eta"
+"""The `eta` of a message that plain Celery published: our consumer moves it here, so that no worker holds it in memory."""
+
+REDACTED = "<redacted>"
+"""Stands for the arguments in `argsrepr` and `kwargsrepr`, which Celery logs and would fill with a kilobyte of payload."""
+
+REPLACEMENT_STRIDE = 10_000
+"""`Task.replace` keeps the id and restarts `retries` at 0, so an attempt's place is nesting * stride + retries."""
+
+
+class MalformedMessage(PermanentError):
+    """The message is not Celery protocol v2; the first word of the text says what is wrong with it."""
+
+    code = "malformed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskMessage:
+    """One task on the wire.
+
+    Attributes:
+        payload: The contract's fields; Celery's keyword arguments.
+        args: Positional arguments, as plain Celery may send; a Taskmesh publisher sends none.
+        root_id: The task that a caller asked for; None means this one.
+        parent_id: The task that sent this one.
+        expires_at: Not started after this.
+        headers: Further headers, such as those of other tools.
+    """
+
+    type: str
+    id: UUID
+    payload: Mapping[str, Any] = field(default_factory=dict)
+    args: tuple[Any, ...] = ()
+    kind: TaskKind = TaskKind.COMMAND
+    root_id: UUID | None = None
+    parent_id: UUID | None = None
+    retries: int = 0
+    replacements: int = 0
+    expires_at: datetime | None = None
+    priority: int | None = None
+    traceparent: str | None = None
+    tracestate: str | None = None
+    tenant: str | None = None
+    version: int = 1
+    headers: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sequence(self) -> int:
+        """Orders the attempts of one task."""
+        return sequence(self.replacements, self.retries)
+
+
+def sequence(replacements: int, retries: int) -> int:
+    """The place of an attempt among all attempts of its task."""
+    return replacements * REPLACEMENT_STRIDE + retries
+
+
+def listener_task_id(event_id: UUID, service: str) -> UUID:
+    """The id of the task in which `service` handles the event: the same for every delivery, another for every service."""
+    return uuid5(event_id, service)
+
+
+def encode(message: TaskMessage) -> tuple[dict[str, Any], dict[str, Any], bytes]:
+    """Headers, basic properties (pika's names) and body of a message."""
+    identity = str(message.id)
+    headers: dict[str, Any] = {
+        **message.headers,
+        "lang": "py",
+        "task": message.type,
+        "id": identity,
+        "shadow": None,
+        "eta": None,
+        "expires": None,
+        "group": None,
+        "group_index": None,
+        "retries": message.retries,
+        "timelimit": [None, None],
+        "root_id": str(message.root_id or message.id),
+        "parent_id": str(message.parent_id) if message.parent_id else None,
+        "argsrepr": REDACTED,
+        "kwargsrepr": REDACTED,
+        "origin": "taskmesh",
+        "ignore_result": False,
+        "replaced_task_nesting": message.replacements,
+        "stamped_headers": None,
+        "stamps": {},
+        KIND_HEADER: message.kind.value,
+        VERSION_HEADER: message.version,
+    }
+    if message.expires_at:
+        headers[EXPIRES_HEADER] = message.expires_at.isoformat()
+    if message.tenant:
+        headers[TENANT_HEADER] = message.tenant
+    if message.traceparent:
+        headers["traceparent"] = message.traceparent
+    if message.tracestate:
+        headers["tracestate"] = message.tracestate
+    properties: dict[str, Any] = {
+        "content_type": "application/json",
+        "content_encoding": "utf-8",
+        "delivery_mode": 2,
+        "correlation_id": identity,
+        "message_id": identity,
+        "type": message.type,
+    }
+    if message.priority is not None:
+        properties["priority"] = message.priority
+    embed = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+    return headers, properties, _dumps([list(message.args), dict(message.payload), embed])
+
+
+def command(message: TaskMessage, *, due_at: datetime | None = None) -> OutboxMessage:
+    """The outbox form of a command: routed by its type, and never dropped when no queue takes it."""
+    return _outbox(message, COMMANDS_EXCHANGE, mandatory=True, due_at=due_at)
+
+
+def event(message: TaskMessage) -> OutboxMessage:
+    """The outbox form of an event: for any number of listeners, none included."""
+    return _outbox(message, EVENTS_EXCHANGE, mandatory=False, due_at=None)
+
+
+def _outbox(message: TaskMessage, exchange: str, *, mandatory: bool, due_at: datetime | None) -> OutboxMessage:
+    headers, properties, body = encode(message)
+    return OutboxMessage(
+        exchange=exchange,
+        routing_key=message.type,
+        headers=headers,
+        properties=properties,
+        body=body,
+        mandatory=mandatory,
+        due_at=due_at,
+        expires_at=message.expires_at,
+        task_id=message.id,
+    )
+
+
+def decode(headers: Mapping[str, Any] | None, properties: Mapping[str, Any], body: bytes) -> TaskMessage:
+    """Read a message, or say what is wrong with it.
+
+    Raises:
+        MalformedMessage: It is not Celery protocol v2 in JSON with a UUID for an id.
+    """
+    content_type = properties.get("content_type")
+    if content_type != "application/json":
+        raise MalformedMessage("content_type must be application/json")
+    try:
+        content = json.loads(body)
+    except ValueError as error:
+        raise MalformedMessage("body is not JSON") from error
+    return read(headers, content, priority=properties.get("priority"))
+
+
+def read(headers: Mapping[str, Any] | None, content: Any, *, priority: int | None = None) -> TaskMessage:
+    """Read a message whose body is decoded already, as Celery's consumer hands it over.
+
+    Raises:
+        MalformedMessage: Like `decode`.
+    """
+    if not isinstance(headers, Mapping):
+        raise MalformedMessage("headers are missing")
+    if not isinstance(content, list | tuple) or len(content) != 3:  # noqa: PLR2004 - the protocol's three parts
+        raise MalformedMessage("body must be [args, kwargs, embed]")
+    args, kwargs, embed = content
+    if not isinstance(args, list | tuple):
+        raise MalformedMessage("args must be a list")
+    if not isinstance(kwargs, Mapping):
+        raise MalformedMessage("kwargs must be a mapping")
+    if embed is not None and not isinstance(embed, Mapping):
+        raise MalformedMessage("embed must be a mapping")
+    type_name = headers.get("task")
+    if not isinstance(type_name, str) or not TYPE_PATTERN.fullmatch(type_name):
+        raise MalformedMessage("task must be a name like 'billing.invoice.issue'")
+    timelimit = headers.get("timelimit")
+    if timelimit is not None and not _is_timelimit(timelimit):
+        raise MalformedMessage("timelimit must be two numbers or nulls")
+    task_id = _uuid(headers, "id")
+    if task_id is None:
+        raise MalformedMessage("id is missing")
+    try:
+        kind = TaskKind(headers.get(KIND_HEADER, TaskKind.COMMAND))
+    except ValueError as error:
+        raise MalformedMessage(f"{KIND_HEADER} must be command or event") from error
+    return TaskMessage(
+        type=type_name,
+        id=task_id,
+        payload=kwargs,
+        args=tuple(args),
+        kind=kind,
+        root_id=_uuid(headers, "root_id"),
+        parent_id=_uuid(headers, "parent_id"),
+        retries=_count(headers, "retries"),
+        replacements=_count(headers, "replaced_task_nesting"),
+        expires_at=_time(headers, EXPIRES_HEADER) or _time(headers, "expires"),
+        priority=priority,
+        traceparent=_text(headers, "traceparent"),
+        tracestate=_text(headers, "tracestate"),
+        tenant=_text(headers, TENANT_HEADER),
+        version=_count(headers, VERSION_HEADER, default=1),
+    )
+
+
+def _dumps(content: Any) -> bytes:
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _is_timelimit(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 2  # noqa: PLR2004 - hard and soft
+        and all(limit is None or (isinstance(limit, int | float) and not isinstance(limit, bool)) for limit in value)
+    )
+
+
+def _uuid(headers: Mapping[str, Any], name: str) -> UUID | None:
+    value = headers.get(name)
+    if value is None:
+        return None
+    try:
+        return UUID(value)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise MalformedMessage(f"{name} must be a UUID") from error
+
+
+def _count(headers: Mapping[str, Any], name: str, *, default: int = 0) -> int:
+    value = headers.get(name, default)
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise MalformedMessage(f"{name} must be a whole number")
+    return value
+
+
+def _time(headers: Mapping[str, Any], name: str) -> datetime | None:
+    value = headers.get(name)
+    if value is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(value)
+    except (ValueError, TypeError) as error:
+        raise MalformedMessage(f"{name} must be an ISO 8601 time") from error
+    if moment.tzinfo is None:
+        raise MalformedMessage(f"{name} must have an offset")
+    return moment
+
+
+def _text(headers: Mapping[str, Any], name: str) -> str | None:
+    value = headers.get(name)
+    if value is not None and not isinstance(value, str):
+        raise MalformedMessage(f"{name} must be text")
+    return value

@@ -1,0 +1,118 @@
+"""PostgreSQL: engines, and migrations that need no Alembic environment of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy.exc
+from alembic.config import Config
+from alembic.runtime.environment import EnvironmentContext
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from psycopg import errors as postgres_errors
+from pydantic import SecretStr
+from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
+
+LIBRARY_SCRIPTS = Path(__file__).parent / "migrations"
+LIBRARY_VERSION_TABLE = "taskmesh_version"
+SERVICE_VERSION_TABLE = "alembic_version"
+
+# One setup at a time; any constant will do as long as nothing else in the database locks it.
+MIGRATION_LOCK = 7_265_726_473
+
+# PostgreSQL is away, starting, stopping, full, or chose this transaction to give way to another.
+UNAVAILABLE = (
+    postgres_errors.AdminShutdown,
+    postgres_errors.CannotConnectNow,
+    postgres_errors.ConnectionException,
+    postgres_errors.CrashShutdown,
+    postgres_errors.DeadlockDetected,
+    postgres_errors.IdleInTransactionSessionTimeout,
+    postgres_errors.InsufficientResources,
+    postgres_errors.LockNotAvailable,
+    postgres_errors.QueryCanceled,
+    postgres_errors.ReadOnlySqlTransaction,
+    postgres_errors.SerializationFailure,
+)
+
+
+def driver_url(url: SecretStr | str) -> URL:
+    """The URL with SQLAlchemy's name for psycopg 3, which serves both sync and async."""
+    plain = url.get_secret_value() if isinstance(url, SecretStr) else url
+    return make_url(plain).set(drivername="postgresql+psycopg")
+
+
+def sync_engine(url: SecretStr | str, **options: Any) -> Engine:
+    """An engine that connects when first used."""
+    return create_engine(driver_url(url), **_options(options))
+
+
+def async_engine(url: SecretStr | str, **options: Any) -> AsyncEngine:
+    """An async engine that connects when first used."""
+    return create_async_engine(driver_url(url), **_options(options))
+
+
+def _options(options: dict[str, Any]) -> dict[str, Any]:
+    # Names the client in pg_stat_activity; five seconds to connect, so that a lost host is an error and not a wait.
+    connect = {"connect_timeout": 5, "application_name": "taskmesh", **options.pop("connect_args", {})}
+    return {"connect_args": connect, **options}
+
+
+def is_unavailable(error: BaseException) -> bool:
+    """True if the same transaction may succeed when it is tried again."""
+    if isinstance(error, sqlalchemy.exc.TimeoutError):
+        return True
+    if isinstance(error, sqlalchemy.exc.DBAPIError):
+        if error.connection_invalidated:
+            return True
+        cause = error.orig
+        sqlstate = getattr(cause, "sqlstate", None)
+        # Without an SQLSTATE the server never answered: refused, reset, or timed out.
+        return isinstance(cause, UNAVAILABLE) or (
+            isinstance(cause, postgres_errors.OperationalError) and sqlstate is None
+        )
+    return isinstance(error, UNAVAILABLE) or (
+        isinstance(error, postgres_errors.OperationalError) and error.sqlstate is None
+    )
+
+
+def migrate(url: SecretStr | str, *, scripts: Path | None) -> None:
+    """Bring a service's database to its newest schema: the library's tables, then the service's own.
+
+    Args:
+        url: The owner's URL, direct and not through a transaction pooler.
+        scripts: A folder with Alembic revisions in `versions/`; None for a service without tables of its own.
+    """
+    engine = create_engine(driver_url(url), poolclass=NullPool)
+    try:
+        with engine.connect() as connection:
+            # A session lock, because each migration commits by itself.
+            connection.execute(text("select pg_advisory_lock(:key)"), {"key": MIGRATION_LOCK})
+            # A migration that cannot have its lock must give way rather than queue all traffic behind it.
+            connection.execute(text("set lock_timeout = '4s'"))
+            connection.commit()
+            _upgrade(connection, LIBRARY_SCRIPTS, LIBRARY_VERSION_TABLE)
+            if scripts is not None:
+                _upgrade(connection, scripts, SERVICE_VERSION_TABLE)
+    finally:
+        engine.dispose()
+
+
+def _upgrade(connection: Connection, scripts: Path, version_table: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(scripts))
+    config.set_main_option("path_separator", "os")
+    directory = ScriptDirectory.from_config(config)
+
+    def steps(revision: Any, _: MigrationContext) -> Any:
+        return directory._upgrade_revs("head", revision)  # noqa: SLF001 - what alembic.command.upgrade itself calls
+
+    with EnvironmentContext(config, directory, fn=steps, destination_rev="head") as environment:
+        environment.configure(connection=connection, version_table=version_table, transaction_per_migration=True)
+        with environment.begin_transaction():
+            environment.run_migrations()
+    connection.commit()

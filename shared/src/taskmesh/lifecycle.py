@@ -1,0 +1,44 @@
+"""Lifecycle events: how a service tells the ledger what became of a task.
+
+A state change is an outbox row in the transaction that changes the state, so the ledger learns of it exactly when it
+is true. The relay sends many of them in one message.
+"""
+
+from __future__ import annotations
+
+from taskmesh.contracts.lifecycle import LIFECYCLE_BATCH, LifecycleEvent
+from taskmesh.outbox import OutboxMessage
+
+LIFECYCLE_EXCHANGE = "taskmesh.lifecycle"
+
+PROPERTIES = {"content_type": "application/json", "content_encoding": "utf-8", "delivery_mode": 2}
+
+
+def message(event: LifecycleEvent) -> OutboxMessage:
+    """The outbox form of one lifecycle event: a batch of one, which the relay may join with others of its key."""
+    return OutboxMessage(
+        exchange=LIFECYCLE_EXCHANGE,
+        routing_key=routing_key(event),
+        body=encode([event]),
+        properties=PROPERTIES,
+        mandatory=True,
+    )
+
+
+def routing_key(event: LifecycleEvent) -> str:
+    """`task.<state>.<service>`: the broker lets a service publish its own keys only."""
+    return f"task.{event.state}.{event.service}"
+
+
+def encode(events: list[LifecycleEvent]) -> bytes:
+    """The body of a lifecycle message."""
+    return LIFECYCLE_BATCH.dump_json(events, exclude_none=True, exclude_defaults=True)
+
+
+def decode(body: bytes) -> list[LifecycleEvent]:
+    """Read the body of a lifecycle message.
+
+    Raises:
+        pydantic.ValidationError: It is none.
+    """
+    return LIFECYCLE_BATCH.validate_json(body)

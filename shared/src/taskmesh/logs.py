@@ -1,0 +1,113 @@
+"""Structured logs: one JSON object a line in containers, readable lines on a terminal.
+
+Callers write `logger.info("task succeeded", extra={"task_id": ...})`: a constant message, and facts that are ids.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from opentelemetry import trace
+
+_facts: ContextVar[dict[str, Any] | None] = ContextVar("taskmesh_log_facts", default=None)
+
+# Every attribute that the logging module itself sets: what is left over came in through `extra`.
+_BUILT_IN = frozenset(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {"message", "asctime", "taskName", "data"}
+
+
+@contextmanager
+def facts(**values: Any) -> Iterator[None]:
+    """Add facts, such as the task's id, to every line logged in the block."""
+    token = _facts.set({**(_facts.get() or {}), **values})
+    try:
+        yield
+    finally:
+        _facts.reset(token)
+
+
+def configure(log_format: Literal["json", "console"], level: str, service: str, role: str) -> None:
+    """Send this process's logs to standard output in the given format, in place of any handler set before."""
+    handler = logging.StreamHandler(sys.stdout)
+    formatter: logging.Formatter = JsonFormatter(service, role) if log_format == "json" else ConsoleFormatter(role)
+    handler.setFormatter(formatter)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    for name, least in QUIET.items():
+        logging.getLogger(name).setLevel(max(least, root.level))
+
+
+# Libraries whose INFO is about themselves. Celery's trace logger would print results and arguments.
+QUIET = {
+    "pika": logging.ERROR,
+    "httpx": logging.WARNING,
+    "celery.app.trace": logging.CRITICAL,
+    "celery.worker.strategy": logging.WARNING,
+    "celery.worker.request": logging.ERROR,
+    "celery.redirected": logging.WARNING,
+    "alembic": logging.WARNING,
+    "opentelemetry": logging.ERROR,
+}
+
+
+def _collect(record: logging.LogRecord) -> dict[str, Any]:
+    values: dict[str, Any] = dict(_facts.get() or {})
+    values.update({key: value for key, value in record.__dict__.items() if key not in _BUILT_IN})
+    span = trace.get_current_span().get_span_context()
+    if span.is_valid:
+        values.setdefault("trace_id", trace.format_trace_id(span.trace_id))
+    return values
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, logger, message, service, role, then the facts."""
+
+    def __init__(self, service: str, role: str) -> None:
+        super().__init__()
+        self._origin = {"service": service, "role": role}
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "at": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **self._origin,
+            **_collect(record),
+        }
+        if record.exc_info and record.exc_info[0]:
+            line["exception"] = record.exc_info[0].__qualname__
+            line["stack"] = stack(record.exc_info[1])
+        return json.dumps(line, default=str, ensure_ascii=False)
+
+
+class ConsoleFormatter(logging.Formatter):
+    """`12:00:01.234 INFO  worker  message  key=value`, for people."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__()
+        self._role = role
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created).astimezone().strftime("%H:%M:%S.%f")[:-3]
+        values = " ".join(f"{key}={value}" for key, value in _collect(record).items())
+        line = f"{at} {record.levelname:<7} {self._role:<9} {record.getMessage()}"
+        if values:
+            line += f"  {values}"
+        if record.exc_info and record.exc_info[0]:
+            line += f"\n{record.exc_info[0].__qualname__}\n{stack(record.exc_info[1])}"
+        return line
+
+
+def stack(error: BaseException | None) -> str:
+    """Where an error happened, without its text: texts of drivers and validators quote the data they choked on."""
+    frames = traceback.extract_tb(error.__traceback__) if error else []
+    return "\n".join(f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in frames)

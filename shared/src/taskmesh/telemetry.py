@@ -1,0 +1,101 @@
+"""OpenTelemetry: one trace from the caller's request to the last effect.
+
+The API is used everywhere; the SDK is set up here, once in each process that does work. Without
+`OTEL_EXPORTER_OTLP_ENDPOINT` nothing is exported and nothing is waited for.
+
+Spans and attributes are listed in docs/telemetry.md.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+
+from opentelemetry import context, propagate, trace
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import Tracer
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
+
+TRACE_CONTEXT = TraceContextTextMapPropagator()
+
+_provider: TracerProvider | None = None
+
+
+def start(service: str, role: str) -> None:
+    """Begin to record and export spans under `service.name`; in a pool child this starts the child's own exporter.
+
+    Baggage is neither read nor sent: it would carry a caller's data through every service.
+    """
+    global _provider  # noqa: PLW0603 - OpenTelemetry's own provider is a process-wide global too
+    propagate.set_global_textmap(TRACE_CONTEXT)
+    if not os.environ.get(ENDPOINT_VARIABLE):
+        return
+    resource = Resource.create(
+        {
+            "service.name": service,
+            "service.version": release(),
+            "service.instance.id": f"{socket.gethostname()}:{os.getpid()}",
+            "taskmesh.role": role,
+        }
+    )
+    _provider = TracerProvider(resource=resource)
+    _provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    trace.set_tracer_provider(_provider)
+
+
+def stop() -> None:
+    """Export what is recorded; called last in an orderly shutdown."""
+    if _provider is not None:
+        _provider.shutdown()
+
+
+def release() -> str:
+    """The version of the library, which is also the version of the mesh."""
+    try:
+        return version("taskmesh")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def tracer() -> Tracer:
+    """The mesh's tracer."""
+    return trace.get_tracer("taskmesh", release())
+
+
+def current_traceparent() -> str | None:
+    """The W3C `traceparent` of the current span, or None outside any."""
+    carrier: dict[str, str] = {}
+    TRACE_CONTEXT.inject(carrier)
+    return carrier.get("traceparent")
+
+
+def current_trace_id() -> str | None:
+    """The current trace's id in 32 hex digits, or None outside any."""
+    span = trace.get_current_span().get_span_context()
+    return trace.format_trace_id(span.trace_id) if span.is_valid else None
+
+
+def extract(carrier: Mapping[str, object]) -> Context:
+    """The context that a message's or request's headers carry; an empty one when they carry none."""
+    names = ("traceparent", "tracestate")
+    plain = {name: value for name in names if isinstance(value := carrier.get(name), str)}
+    return TRACE_CONTEXT.extract(plain, context=Context())
+
+
+@contextmanager
+def attach(traceparent: str | None) -> Iterator[None]:
+    """Make the remote span current for the block."""
+    token = context.attach(extract({"traceparent": traceparent}))
+    try:
+        yield
+    finally:
+        context.detach(token)
