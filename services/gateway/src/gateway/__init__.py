@@ -1,0 +1,1 @@
+"""The gateway: accepts tasks over HTTP, keeps the ledger of them, and runs schedules."""

@@ -1,0 +1,203 @@
+"""The gateway's tables: the ledger of tasks, what callers may do, what workers announced, and what went wrong.
+
+SQLAlchemy Core, one metadata. Functions that touch these tables take an `AsyncConnection` first and never commit.
+Outbox and inbox belong to the library and are migrated by it.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Float,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+
+metadata = MetaData()
+
+TASKS_CHANNEL = "gateway_tasks"
+"""Notified with root ids (hexadecimal, joined by commas) whenever the timeline of their trees has grown."""
+
+MANIFESTS_CHANNEL = "gateway_manifests"
+"""Notified with the service's name whenever its manifest has changed."""
+
+tasks = Table(
+    "tasks",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("type", Text, nullable=False),
+    Column("kind", Text, nullable=False, server_default="command"),
+    Column("state", Text, nullable=False),
+    # How often it was started; 0 until the first run.
+    Column("attempt", Integer, nullable=False, server_default="0"),
+    # Orders attempts as LifecycleEvent.sequence does; guards against late events.
+    Column("sequence", Integer, nullable=False, server_default="0"),
+    Column("service", Text, nullable=False),
+    Column("version", Integer, nullable=False, server_default="1"),
+    # NULL for tasks that services started themselves: their payloads never reach the gateway.
+    Column("payload", JSONB(none_as_null=True)),
+    Column("result", JSONB(none_as_null=True)),
+    Column("error", JSONB(none_as_null=True)),
+    Column("priority", SmallInteger),
+    Column("tags", ARRAY(Text), nullable=False, server_default=text("'{}'")),
+    Column("parent_id", Uuid),
+    # A task that nobody else caused is its own root.
+    Column("root_id", Uuid, nullable=False),
+    Column("event_id", Uuid),
+    Column("schedule_id", Uuid),
+    Column("api_key_id", Uuid),
+    Column("worker", Text),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+    Column("due_at", DateTime(timezone=True)),
+    Column("expires_at", DateTime(timezone=True)),
+    Column("queued_at", DateTime(timezone=True)),
+    Column("started_at", DateTime(timezone=True)),
+    Column("finished_at", DateTime(timezone=True)),
+    Column("updated_at", DateTime(timezone=True), nullable=False),
+    Column("trace_id", Text),
+    CheckConstraint(
+        "state IN ('scheduled','queued','running','retrying','succeeded','failed','cancelled','expired')",
+        name="tasks_state_known",
+    ),
+    Index("tasks_created", "created_at", "id"),
+    Index("tasks_type", "type", "created_at", "id"),
+    Index("tasks_root", "root_id", "created_at", "id"),
+    Index("tasks_parent", "parent_id", postgresql_where=text("parent_id IS NOT NULL")),
+    Index("tasks_schedule", "schedule_id", "created_at", postgresql_where=text("schedule_id IS NOT NULL")),
+    Index("tasks_tags", "tags", postgresql_using="gin", postgresql_where=text("tags <> '{}'")),
+    # Most tasks succeed; people look for the others.
+    Index("tasks_state", "state", "created_at", "id", postgresql_where=text("state <> 'succeeded'")),
+)
+
+# No foreign key to tasks: every row is written in the transaction that has just written or locked its task, and the
+# check would be the dearest part of a small task's timeline.
+task_events = Table(
+    "task_events",
+    metadata,
+    Column("seq", BigInteger, Identity(always=True), primary_key=True),
+    Column("task_id", Uuid, nullable=False),
+    Column("root_id", Uuid, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("at", DateTime(timezone=True), nullable=False),
+    Column("detail", JSONB(none_as_null=True)),
+    # Serves one task as well: a task's timeline is read through its root.
+    Index("task_events_root", "root_id", "seq"),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("name", Text, nullable=False),
+    # SHA-256 of the secret half; 256 random bits need no slow hash.
+    Column("secret_sha256", LargeBinary, nullable=False),
+    Column("scopes", ARRAY(Text), nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("revoked_at", DateTime(timezone=True)),
+)
+
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("api_key_id", Uuid, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("request_sha256", LargeBinary, nullable=False),
+    # The first answer, byte for byte: a repetition gets it whatever has become of the task since.
+    Column("response", LargeBinary, nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Index("idempotency_keys_created", "created_at"),
+)
+
+manifests = Table(
+    "manifests",
+    metadata,
+    Column("service", Text, primary_key=True),
+    Column("release", Text, nullable=False),
+    Column("manifest", JSONB, nullable=False),
+    Column("announced_at", DateTime(timezone=True), nullable=False),
+    # Changes only when the content does; a repeated announcement moves announced_at alone.
+    Column("changed_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+)
+
+dead_letters = Table(
+    "dead_letters",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    # SHA-256 over what makes the dead letter this one; a redelivery to the projector stores nothing twice.
+    Column("fingerprint", LargeBinary, nullable=False, unique=True),
+    Column("task_id", Uuid),
+    Column("type", Text),
+    Column("reason", Text, nullable=False),
+    # Where it died: the queue that gave it up.
+    Column("queue", Text, nullable=False),
+    Column("exchange", Text, nullable=False),
+    Column("routing_key", Text, nullable=False),
+    Column("headers", JSONB, nullable=False),
+    Column("properties", JSONB, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("died_at", DateTime(timezone=True)),
+    Column("received_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Index("dead_letters_received", "received_at", "id"),
+    Index("dead_letters_task", "task_id"),
+)
+
+schedules = Table(
+    "schedules",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("type", Text, nullable=False),
+    Column("payload", JSONB, nullable=False),
+    Column("tags", ARRAY(Text), nullable=False, server_default=text("'{}'")),
+    Column("priority", SmallInteger),
+    # Exactly one of the two.
+    Column("cron", Text),
+    Column("interval_seconds", Float),
+    Column("timezone", Text, nullable=False, server_default="UTC"),
+    # After downtime: skip, once (run one for all missed), or all (within the window).
+    Column("catch_up", Text, nullable=False, server_default="once"),
+    Column("catch_up_window_seconds", Float, nullable=False, server_default="86400"),
+    # While the last run is still going: allow, or skip.
+    Column("overlap", Text, nullable=False, server_default="allow"),
+    Column("starts_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("next_fire_at", DateTime(timezone=True)),
+    Column("last_fire_at", DateTime(timezone=True)),
+    Column("last_task_id", Uuid),
+    Column("last_error", Text),
+    Column("paused_at", DateTime(timezone=True)),
+    Column("api_key_id", Uuid),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    UniqueConstraint("name", name="schedules_name"),
+    CheckConstraint("(cron IS NULL) <> (interval_seconds IS NULL)", name="schedules_one_rhythm"),
+    CheckConstraint("catch_up IN ('skip','once','all')", name="schedules_catch_up_known"),
+    CheckConstraint("overlap IN ('allow','skip')", name="schedules_overlap_known"),
+    Index("schedules_due", "next_fire_at", postgresql_where=text("paused_at IS NULL AND next_fire_at IS NOT NULL")),
+)
+
+schedule_fires = Table(
+    "schedule_fires",
+    metadata,
+    # The primary key is what makes a slot fire once, whoever fires it.
+    Column("schedule_id", Uuid, primary_key=True),
+    Column("fire_at", DateTime(timezone=True), primary_key=True),
+    # submitted, skipped_overlap, skipped_missed, or rejected (the payload no longer fits the type).
+    Column("outcome", Text, nullable=False),
+    Column("task_id", Uuid),
+    Column("fired_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+)
