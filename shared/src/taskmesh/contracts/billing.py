@@ -2,26 +2,61 @@
 
 Money is integer minor units with an ISO 4217 code (10.00 EUR is 1000, 1000 JPY is 1000, 1.000 BHD is 1000).
 Quantities, unit prices and tax rates are decimal strings, so that no float is ever near money.
+
+As much as JSON Schema can say is said in the schema, so that whoever validates against it, such as the gateway before it
+stores a task, points at the field. What only arithmetic can tell (totals, limits) is left to the service.
 """
 
 from __future__ import annotations
 
 from datetime import date
+from decimal import Decimal
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import UUID
 
-from pydantic import Field, StrictInt, StringConstraints
+from pydantic import AfterValidator, ConfigDict, Field, StrictInt, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
+from typing_extensions import TypeAliasType
 
 from taskmesh.contracts._base import Command, Event, Part
+from taskmesh.money import CURRENCIES, EXPONENTS, MAX_MINOR
 
-Currency = Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")]
-Minor = Annotated[StrictInt, Field(ge=-(2**53 - 1), le=2**53 - 1)]
-Decimal12 = Annotated[str, StringConstraints(pattern=r"^-?\d{1,15}(\.\d{1,12})?$", max_length=29)]
-Rate = Annotated[str, StringConstraints(pattern=r"^\d{1,3}(\.\d{1,4})?$")]
-Line = Annotated[str, StringConstraints(min_length=1, max_length=200, strip_whitespace=True)]
+
+def _known_currency(value: str) -> str:
+    if value not in EXPONENTS:
+        raise PydanticCustomError("currency_unknown", "is not an ISO 4217 currency code")
+    return value
+
+
+# Printed text has no control characters (a NUL is even beyond PostgreSQL) and none that reorder their surroundings
+# (U+202A-202E, U+2066-2069), which could make a total read as another; and it is not blank.
+_UNPRINTED = r"\x00-\x1f\x7f\u2028-\u202e\u2066-\u2069"
+_ONE_LINE = rf"^[^{_UNPRINTED}]*[^\s{_UNPRINTED}][^{_UNPRINTED}]*$"
+
+# A named type, so that a schema lists the codes once and refers to them.
+Currency = TypeAliasType(
+    "Currency",
+    Annotated[
+        str,
+        AfterValidator(_known_currency),
+        Field(json_schema_extra={"enum": list(CURRENCIES)}, description="ISO 4217 code.", examples=["EUR"]),
+    ],
+)
+Minor = Annotated[StrictInt, Field(ge=-MAX_MINOR, le=MAX_MINOR)]
+Decimal12 = Annotated[str, StringConstraints(pattern=r"^-?[0-9]{1,15}(\.[0-9]{1,12})?$", max_length=29)]
+Rate = Annotated[str, StringConstraints(pattern=r"^(100(\.0{1,4})?|[0-9]{1,2}(\.[0-9]{1,4})?)$")]
+Line = Annotated[str, StringConstraints(min_length=1, max_length=200, strip_whitespace=True, pattern=_ONE_LINE)]
+Reference = Annotated[str, StringConstraints(min_length=1, max_length=100, strip_whitespace=True, pattern=_ONE_LINE)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-EmailAddress = Annotated[str, StringConstraints(pattern=r"^[^@\s<>\",;:]+@[^@\s<>\",;:]+\.[^@\s<>\",;:]+$", max_length=254)]
+EmailAddress = Annotated[
+    str,
+    StringConstraints(
+        pattern=r"^[^@\s<>\",;:()\[\]\\\x00-\x1f\x7f]{1,64}@([A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z][A-Za-z0-9-]{0,61}[A-Za-z0-9]$",
+        max_length=254,
+    ),
+    Field(json_schema_extra={"format": "email"}),
+]
 Locale = Annotated[str, StringConstraints(pattern=r"^[a-z]{2}(-[A-Z]{2})?$")]
 
 
@@ -56,20 +91,91 @@ class TaxCategory(StrEnum):
     OUT_OF_SCOPE = "O"
 
 
+_TAXED = {"properties": {"category": {"const": "S"}}}
+# The same rules as `Tax._fits_together`, for those who validate against the schema alone.
+_TAX_RULES: dict[str, Any] = {
+    "allOf": [
+        {
+            "if": _TAXED,
+            "then": {"properties": {"rate": {"pattern": "[1-9]"}}},
+            "else": {"properties": {"rate": {"pattern": r"^0+(\.0+)?$"}}},
+        },
+        {
+            "if": {"properties": {"category": {"enum": ["S", "Z"]}}},
+            "then": {"properties": {"exemption_reason": {"type": "null"}}},
+        },
+        {
+            "if": {"properties": {"category": {"const": "E"}}, "required": ["category"]},
+            "then": {"required": ["exemption_reason"], "properties": {"exemption_reason": {"type": "string"}}},
+        },
+    ]
+}
+
+
 class Tax(Part):
-    """The tax of one line; `rate` is a percentage and 0 for every category but S."""
+    """The tax of one line; `rate` is a percentage: above 0 for category S, and 0 for every other.
+
+    Category E (exempt) needs its `exemption_reason`; S and Z have none; the others may word theirs.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_TAX_RULES)
 
     category: TaxCategory = TaxCategory.STANDARD
     rate: Rate
-    exemption_reason: Annotated[str, StringConstraints(max_length=200)] | None = None
+    exemption_reason: Line | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Tax:
+        taxed = self.category is TaxCategory.STANDARD
+        if taxed != (Decimal(self.rate) > 0):
+            raise PydanticCustomError("tax_rate", "the rate is above 0 in category S, and 0 in every other")
+        if self.category in {TaxCategory.STANDARD, TaxCategory.ZERO} and self.exemption_reason is not None:
+            raise PydanticCustomError("tax_exemption", "category S or Z has no exemption reason")
+        if self.category is TaxCategory.EXEMPT and self.exemption_reason is None:
+            raise PydanticCustomError("tax_exemption", "category E needs an exemption reason")
+        return self
 
 
 class InvoiceLine(Part):
-    description: Annotated[str, StringConstraints(min_length=1, max_length=500, strip_whitespace=True)]
+    """One position: quantity times unit price, rounded once to the currency's minor unit."""
+
+    description: Annotated[
+        str,
+        StringConstraints(
+            min_length=1,
+            max_length=500,
+            strip_whitespace=True,
+            pattern=_ONE_LINE.replace(r"\x00-\x1f", r"\x00-\x09\x0b-\x1f"),
+        ),
+    ]
+    """May hold line feeds."""
     quantity: Decimal12 = "1"
     unit_price: Decimal12
     """Net, in major units of the invoice's currency."""
     tax: Tax
+
+
+_EXAMPLE: dict[str, Any] = {
+    "buyer": {
+        "name": "Nordwind Handels GmbH",
+        "address": ["Speicherstraße 12", "20457 Hamburg"],
+        "country": "DE",
+        "email": "rechnung@nordwind.example",
+        "locale": "de-DE",
+        "vat_id": "DE811907980",
+    },
+    "currency": "EUR",
+    "lines": [
+        {
+            "description": "Consulting, March",
+            "quantity": "12.5",
+            "unit_price": "140.00",
+            "tax": {"category": "S", "rate": "19"},
+        }
+    ],
+    "due_days": 14,
+    "buyer_reference": "PO-4711",
+}
 
 
 class IssueInvoice(Command, type="billing.invoice.issue"):
@@ -78,13 +184,15 @@ class IssueInvoice(Command, type="billing.invoice.issue"):
     The same `idempotency_key` with the same content returns the invoice that exists; with other content the task fails.
     """
 
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
+
     buyer: Buyer
     currency: Currency
     lines: Annotated[tuple[InvoiceLine, ...], Field(min_length=1, max_length=500)]
     due_days: Annotated[StrictInt, Field(ge=0, le=365)] = 14
     supply_date: date | None = None
-    buyer_reference: Annotated[str, StringConstraints(max_length=100)] | None = None
-    idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=200)] | None = None
+    buyer_reference: Reference | None = None
+    idempotency_key: Line | None = None
     """The caller's own name for this invoice; the task's id when absent."""
 
 
