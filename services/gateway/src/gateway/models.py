@@ -35,6 +35,9 @@ TASKS_CHANNEL = "gateway_tasks"
 MANIFESTS_CHANNEL = "gateway_manifests"
 """Notified with the service's name whenever its manifest has changed."""
 
+SCHEDULES_CHANNEL = "gateway_schedules"
+"""Notified, without a payload, whenever the next fire of a schedule may have come nearer."""
+
 tasks = Table(
     "tasks",
     metadata,
@@ -169,23 +172,29 @@ schedules = Table(
     Column("cron", Text),
     Column("interval_seconds", Float),
     Column("timezone", Text, nullable=False, server_default="UTC"),
-    # After downtime: skip, once (run one for all missed), or all (within the window).
-    Column("catch_up", Text, nullable=False, server_default="once"),
-    Column("catch_up_window_seconds", Float, nullable=False, server_default="86400"),
+    # What becomes of fires missed in downtime: skip, once (run one for all), or all (within the window).
+    Column("misfire", Text, nullable=False, server_default="once"),
+    Column("misfire_window_seconds", Float, nullable=False, server_default="3600"),
     # While the last run is still going: allow, or skip.
     Column("overlap", Text, nullable=False, server_default="allow"),
-    Column("starts_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("starts_at", DateTime(timezone=True)),
+    Column("ends_at", DateTime(timezone=True)),
+    # NULL while paused, and when no fire is left.
     Column("next_fire_at", DateTime(timezone=True)),
     Column("last_fire_at", DateTime(timezone=True)),
     Column("last_task_id", Uuid),
+    # Why the last try to fire came to nothing, and when to try again; NULL while all is well.
     Column("last_error", Text),
+    Column("retry_at", DateTime(timezone=True)),
     Column("paused_at", DateTime(timezone=True)),
+    # The service that announced it; NULL for a schedule made over HTTP.
+    Column("owner", Text),
     Column("api_key_id", Uuid),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     UniqueConstraint("name", name="schedules_name"),
     CheckConstraint("(cron IS NULL) <> (interval_seconds IS NULL)", name="schedules_one_rhythm"),
-    CheckConstraint("catch_up IN ('skip','once','all')", name="schedules_catch_up_known"),
+    CheckConstraint("misfire IN ('skip','once','all')", name="schedules_misfire_known"),
     CheckConstraint("overlap IN ('allow','skip')", name="schedules_overlap_known"),
     Index("schedules_due", "next_fire_at", postgresql_where=text("paused_at IS NULL AND next_fire_at IS NOT NULL")),
 )
@@ -196,8 +205,12 @@ schedule_fires = Table(
     # The primary key is what makes a slot fire once, whoever fires it.
     Column("schedule_id", Uuid, primary_key=True),
     Column("fire_at", DateTime(timezone=True), primary_key=True),
-    # submitted, skipped_overlap, skipped_missed, or rejected (the payload no longer fits the type).
+    # submitted, or skipped for a reason: missed, overlap.
     Column("outcome", Text, nullable=False),
+    Column("reason", Text),
+    # The newest of the missed fires that this row stands for.
+    Column("missed_until", DateTime(timezone=True)),
     Column("task_id", Uuid),
     Column("fired_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Index("schedule_fires_fired", "fired_at"),
 )

@@ -143,21 +143,24 @@ def _create_schedules() -> None:
         sa.Column("cron", sa.Text),
         sa.Column("interval_seconds", sa.Float),
         sa.Column("timezone", sa.Text, nullable=False, server_default="UTC"),
-        sa.Column("catch_up", sa.Text, nullable=False, server_default="once"),
-        sa.Column("catch_up_window_seconds", sa.Float, nullable=False, server_default="86400"),
+        sa.Column("misfire", sa.Text, nullable=False, server_default="once"),
+        sa.Column("misfire_window_seconds", sa.Float, nullable=False, server_default="3600"),
         sa.Column("overlap", sa.Text, nullable=False, server_default="allow"),
-        _time("starts_at", nullable=False, default_now=True),
+        _time("starts_at"),
+        _time("ends_at"),
         _time("next_fire_at"),
         _time("last_fire_at"),
         sa.Column("last_task_id", sa.Uuid),
         sa.Column("last_error", sa.Text),
+        _time("retry_at"),
         _time("paused_at"),
+        sa.Column("owner", sa.Text),
         sa.Column("api_key_id", sa.Uuid),
         _time("created_at", nullable=False, default_now=True),
         _time("updated_at", nullable=False, default_now=True),
         sa.UniqueConstraint("name", name="schedules_name"),
         sa.CheckConstraint("(cron IS NULL) <> (interval_seconds IS NULL)", name="schedules_one_rhythm"),
-        sa.CheckConstraint("catch_up IN ('skip','once','all')", name="schedules_catch_up_known"),
+        sa.CheckConstraint("misfire IN ('skip','once','all')", name="schedules_misfire_known"),
         sa.CheckConstraint("overlap IN ('allow','skip')", name="schedules_overlap_known"),
     )
     op.create_index(
@@ -171,9 +174,12 @@ def _create_schedules() -> None:
         sa.Column("schedule_id", sa.Uuid, primary_key=True),
         sa.Column("fire_at", sa.DateTime(timezone=True), primary_key=True),
         sa.Column("outcome", sa.Text, nullable=False),
+        sa.Column("reason", sa.Text),
+        _time("missed_until"),
         sa.Column("task_id", sa.Uuid),
         _time("fired_at", nullable=False, default_now=True),
     )
+    op.create_index("schedule_fires_fired", "schedule_fires", ["fired_at"])
 
 
 def upgrade() -> None:
