@@ -6,6 +6,9 @@ is true. The relay sends many of them in one message.
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from taskmesh.contracts.lifecycle import LIFECYCLE_BATCH, LifecycleEvent
 from taskmesh.outbox import OutboxMessage
 
@@ -42,3 +45,12 @@ def decode(body: bytes) -> list[LifecycleEvent]:
         pydantic.ValidationError: It is none.
     """
     return LIFECYCLE_BATCH.validate_json(body)
+
+
+def json_bytes(value: Any) -> bytes:
+    """The JSON form of a task's result.
+
+    Raises:
+        TypeError: It has none.
+    """
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()

@@ -1,0 +1,264 @@
+"""Celery's consumer, changed so that nothing is dropped.
+
+Stock Celery acknowledges some bad messages away, and dies or goes deaf of others. Here every message is either handed
+to a task or dead-lettered with its cause in the log, and no exception reaches the event loop.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from celery import bootsteps
+from celery.worker.consumer import Consumer
+from celery.worker.consumer.tasks import Tasks
+from celery.worker.request import Request
+from kombu import Connection
+from kombu.exceptions import KombuError
+
+from taskmesh import celery_protocol, lifecycle
+from taskmesh.celery_protocol import EVENT_ID_HEADER, KIND_HEADER, MalformedMessage
+from taskmesh.contracts.lifecycle import LifecycleEvent, TaskKind, TaskState
+from taskmesh.health import Health
+
+logger = logging.getLogger(__name__)
+
+# A task that ends sooner is never reported as running: the report would only trail behind its outcome.
+RUNNING_REPORT_SECONDS = 0.2
+
+HEARTBEAT_SECONDS = 5.0
+
+
+class MeshRequest(Request):  # type: ignore[misc]  # Celery has no types
+    """A delivery in the worker's main process."""
+
+    def on_accepted(self, pid: int, time_accepted: float) -> None:
+        """A process of the pool has taken the task."""
+        super().on_accepted(pid, time_accepted)
+        reports = getattr(self._app, "running_reports", None)
+        if reports is not None:
+            reports.started(self, pid)
+
+    def acknowledge(self) -> None:
+        """The task is settled."""
+        self._ended()
+        super().acknowledge()
+
+    def reject(self, requeue: bool = False) -> None:  # noqa: FBT001, FBT002 - Celery's signature
+        """The message goes back to the queue, or to the dead letters."""
+        self._ended()
+        super().reject(requeue=requeue)
+
+    def _ended(self) -> None:
+        reports = getattr(self._app, "running_reports", None)
+        if reports is not None:
+            reports.ended(self)
+
+
+class RunningReports(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
+    """Tells the ledger which tasks have begun to run; best effort, and many tasks in one message.
+
+    The outcome of a task is told through the outbox, from which nothing is lost; that a task is running is news that
+    is of use only while it is true.
+    """
+
+    requires = (Tasks,)
+
+    def __init__(self, consumer: Any, **options: Any) -> None:
+        super().__init__(consumer, **options)
+        self._waiting: dict[str, tuple[float, LifecycleEvent]] = {}
+        self._connection: Connection | None = None
+        self._timer: Any = None
+        consumer.app.running_reports = self
+
+    def start(self, consumer: Any) -> None:
+        """Begin to send reports."""
+        self._service = consumer.app.service
+        self._open = consumer.app.connection_for_write
+        self._timer = consumer.timer.call_repeatedly(RUNNING_REPORT_SECONDS, self._send)
+
+    def stop(self, consumer: Any) -> None:  # noqa: ARG002 - Celery's signature
+        """Stop sending reports."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._disconnect()
+
+    def started(self, request: MeshRequest, pid: int) -> None:
+        """Note that a task has begun."""
+        headers = request.request_dict
+        now = datetime.now(UTC)
+        retries = headers.get("retries") or 0
+        event = LifecycleEvent(
+            task_id=UUID(request.id),
+            type=request.task.name,
+            state=TaskState.RUNNING,
+            at=now,
+            service=request.app.service,
+            kind=TaskKind(headers.get(KIND_HEADER, TaskKind.COMMAND)),
+            sequence=celery_protocol.sequence(headers.get("replaced_task_nesting") or 0, retries),
+            attempt=retries + 1,
+            root_id=headers.get("root_id"),
+            parent_id=headers.get("parent_id"),
+            event_id=headers.get(EVENT_ID_HEADER),
+            traceparent=headers.get("traceparent"),
+            started_at=now,
+            worker=f"{request.hostname}:{pid}",
+        )
+        self._waiting[request.id] = (now.timestamp(), event)
+
+    def ended(self, request: MeshRequest) -> None:
+        """Forget a task whose start need not be told any more."""
+        self._waiting.pop(request.id, None)
+
+    def _send(self) -> None:
+        before = datetime.now(UTC).timestamp() - RUNNING_REPORT_SECONDS
+        due = [task_id for task_id, (at, _) in list(self._waiting.items()) if at <= before]
+        events = [entry[1] for task_id in due if (entry := self._waiting.pop(task_id, None))]
+        if not events:
+            return
+        try:
+            self._publish(events)
+        except (OSError, KombuError, *self._errors()):
+            logger.debug("running tasks could not be reported", extra={"tasks": len(events)})
+            self._disconnect()
+
+    def _publish(self, events: list[LifecycleEvent]) -> None:
+        if self._connection is None:
+            # Short time-outs: this runs in the consumer's own loop. No heartbeat, so an idle connection is replaced.
+            self._connection = self._open(connect_timeout=1, heartbeat=0)
+            self._connection.transport_options = {"read_timeout": 1, "write_timeout": 1}
+        with self._connection.Producer() as producer:
+            producer.publish(
+                lifecycle.encode(events),
+                exchange=lifecycle.LIFECYCLE_EXCHANGE,
+                routing_key=lifecycle.routing_key(events[0]),
+                content_type="application/json",
+                content_encoding="utf-8",
+                delivery_mode=1,
+                retry=False,
+            )
+
+    def _errors(self) -> tuple[type[BaseException], ...]:
+        connection = self._connection
+        return (*connection.connection_errors, *connection.channel_errors) if connection else ()
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            try:
+                connection.close()
+            except (OSError, KombuError):
+                logger.debug("connection for running reports was lost")
+
+
+class HealthFiles(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
+    """Touches the worker's health file from the consumer's own loop."""
+
+    requires = (Tasks,)
+
+    def __init__(self, consumer: Any, **options: Any) -> None:
+        super().__init__(consumer, **options)
+        self._timer: Any = None
+
+    def start(self, consumer: Any) -> None:
+        """The consumer is attached to its queues: the worker can work."""
+        health = Health(consumer.app.settings.health_dir, f"{consumer.app.service}-worker")
+        health.ready()
+        self._timer = consumer.timer.call_repeatedly(HEARTBEAT_SECONDS, health.beat)
+
+    def stop(self, consumer: Any) -> None:  # noqa: ARG002 - Celery's signature
+        """Leave the files: while the broker is away the worker is waiting, not broken."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
+    """Dead-letters whatever it cannot hand to a task."""
+
+    class Blueprint(Consumer.Blueprint):  # type: ignore[misc]
+        """Without native delayed delivery, which widens bindings on live exchanges and forgets routing keys."""
+
+        default_steps = (
+            *(step for step in Consumer.Blueprint.default_steps if not step.endswith(":DelayedDelivery")),
+            RunningReports,
+            HealthFiles,
+        )
+
+    def on_decode_error(self, message: Any, exc: BaseException) -> None:
+        """Park what stock Celery would acknowledge away."""
+        self._dead_letter(message, exc)
+
+    def on_unknown_message(self, body: Any, message: Any) -> None:  # noqa: ARG002 - Celery's signature
+        """Park what is no Celery message."""
+        self._dead_letter(message, MalformedMessage("headers are missing"))
+
+    def on_unknown_task(self, body: Any, message: Any, exc: BaseException) -> None:  # noqa: ARG002
+        """Park a task that this service has no code for, perhaps not yet."""
+        self._dead_letter(message, exc)
+
+    def on_invalid_task(self, body: Any, message: Any, exc: BaseException) -> None:  # noqa: ARG002
+        """Park a message whose envelope Celery refuses."""
+        self._dead_letter(message, exc)
+
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
+        """Celery's handler, fed with checked messages only, and with no way out for an exception."""
+        receive = super().create_task_handler(*args, **kwargs)
+        broker_errors = self.connection_errors + self.channel_errors
+
+        def handle(message: Any) -> None:
+            try:
+                self._prepare(message)
+                receive(message)
+            except broker_errors:
+                raise
+            except Exception as error:  # noqa: BLE001 - one of the three loops: an escape would end the process
+                if not message.acknowledged:
+                    self._dead_letter(message, error)
+
+        return handle
+
+    def _prepare(self, message: Any) -> None:
+        """Check the message, and move what Celery must not act on into headers of our own.
+
+        Raises:
+            MalformedMessage: It is not Celery protocol v2.
+        """
+        headers = message.headers
+        task = celery_protocol.read(headers, message.payload)
+        expires = headers.pop("expires", None)
+        if expires:
+            headers.setdefault(celery_protocol.EXPIRES_HEADER, expires)
+        eta = headers.pop("eta", None)
+        if eta:
+            headers.setdefault(celery_protocol.ETA_HEADER, _aware(eta))
+        if task.kind is TaskKind.EVENT and EVENT_ID_HEADER not in headers:
+            # Every listener's handling is a task of its own, with the same id however often the event is delivered.
+            headers[EVENT_ID_HEADER] = headers["id"]
+            headers["id"] = str(celery_protocol.listener_task_id(task.id, self.app.service))
+
+    def _dead_letter(self, message: Any, error: BaseException) -> None:
+        code = getattr(error, "code", "unknown_task" if isinstance(error, KeyError) else "malformed")
+        logger.error(
+            "message dead-lettered",
+            extra={
+                "code": code,
+                "exception": type(error).__name__,
+                "reason": str(error) if isinstance(error, MalformedMessage) else None,
+                "task_id": str((message.headers or {}).get("id"))[:64],
+                "type": str((message.headers or {}).get("task"))[:200],
+            },
+        )
+        message.reject_log_error(logger, self.connection_errors, requeue=False)
+
+
+def _aware(eta: Any) -> str:
+    try:
+        moment = datetime.fromisoformat(eta)
+    except (TypeError, ValueError) as error:
+        raise MalformedMessage("eta must be an ISO 8601 time") from error
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).isoformat()

@@ -1,0 +1,111 @@
+"""The roles of a worker service: `setup`, `worker` and `relay`, each a process of the same image."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from taskmesh import logs, telemetry
+from taskmesh.database import migrate
+from taskmesh.settings import RelaySettings, SetupSettings, WorkerSettings, load
+
+if TYPE_CHECKING:
+    from taskmesh.worker.app import WorkerApp
+
+# Read when Celery's worker is imported: SIGTERM means "finish what runs within the soft shutdown time, give the rest
+# back", rather than "finish everything, however long it takes".
+os.environ.setdefault("REMAP_SIGTERM", "SIGQUIT")
+
+
+def main(
+    app: WorkerApp,
+    *,
+    settings: type[WorkerSettings] = WorkerSettings,
+    scripts: Path | None = None,
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Run one role of a worker service; the whole of its `__main__.py`.
+
+    Args:
+        app: The service's app, with its tasks declared.
+        settings: What the worker role reads from the environment.
+        scripts: The service's Alembic folder; None for a service without tables of its own.
+        arguments: The command line; None takes the process's own.
+    """
+    parser = argparse.ArgumentParser(prog=f"{app.service}-worker", description=f"The roles of {app.service}.")
+    parser.add_argument("role", choices=["setup", "worker", "relay"])
+    parser.add_argument("--version", action="version", version=app.release)
+    role = parser.parse_args(arguments).role
+    match role:
+        case "setup":
+            set_up(app, load(SetupSettings), scripts)
+        case "worker":
+            raise SystemExit(work(app, load(settings)))
+        case _:
+            asyncio.run(relay(app, load(RelaySettings)))
+
+
+def set_up(app: WorkerApp, settings: SetupSettings, scripts: Path | None) -> None:
+    """Migrate the database, declare the topology, and announce the manifest; safe to repeat."""
+    from taskmesh.management import Management  # noqa: PLC0415 - only this role needs the management API
+    from taskmesh.relay import announce_once  # noqa: PLC0415
+    from taskmesh.topology import declare, worker_topology  # noqa: PLC0415
+
+    logs.configure(settings.log_format, settings.log_level, app.service, "setup")
+    migrate(settings.database_url, scripts=scripts)
+    with Management(settings.management_url.get_secret_value()) as management:
+        declare(
+            worker_topology(app.service, app.listens_to()),
+            amqp_url=settings.amqp_url.get_secret_value(),
+            management=management,
+        )
+    asyncio.run(announce_once(settings.amqp_url.get_secret_value(), app.manifest()))
+
+
+def work(app: WorkerApp, settings: WorkerSettings) -> int:
+    """Run tasks until told to stop; returns the process's exit code."""
+    from celery import signals  # noqa: PLC0415 - REMAP_SIGTERM must be set before Celery's worker is imported
+
+    logs.configure(settings.log_format, settings.log_level, app.service, "worker")
+    app.configure(settings)
+
+    def start(**_: Any) -> None:
+        telemetry.start(f"{app.service}-worker", "worker")
+        app.start_process()
+
+    def stop(**_: Any) -> None:
+        telemetry.stop()
+
+    if settings.worker_pool == "prefork":
+        # After the fork: an exporter's thread and a database connection do not survive one.
+        signals.worker_process_init.connect(start, weak=False)
+        signals.worker_process_shutdown.connect(stop, weak=False)
+    else:
+        signals.worker_init.connect(start, weak=False)
+        signals.worker_shutdown.connect(stop, weak=False)
+    worker = app.Worker(
+        pool=settings.worker_pool,
+        concurrency=settings.worker_concurrency,
+        without_mingle=True,
+        without_gossip=True,
+        without_heartbeat=True,
+        quiet=True,
+    )
+    worker.start()
+    return int(worker.exitcode or 0)
+
+
+async def relay(app: WorkerApp, settings: RelaySettings) -> None:
+    """Publish what the service's transactions wrote, and announce the service, until told to stop."""
+    from taskmesh.relay import run_relay  # noqa: PLC0415 - needs an event loop
+
+    logs.configure(settings.log_format, settings.log_level, app.service, "relay")
+    telemetry.start(f"{app.service}-worker", "relay")
+    try:
+        await run_relay(app.service, settings, manifest=app.manifest)
+    finally:
+        telemetry.stop()

@@ -1,0 +1,154 @@
+"""The base class of tasks: Celery's API, on top of a transaction that the runtime owns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from uuid import UUID, uuid4
+
+from celery import Task
+from celery.exceptions import Reject, SoftTimeLimitExceeded
+from pydantic import ValidationError
+from sqlalchemy.orm import Session
+
+from taskmesh import celery_protocol, telemetry
+from taskmesh.celery_protocol import TaskMessage
+from taskmesh.contracts import Command, Contract, Event
+from taskmesh.contracts.lifecycle import TaskKind
+from taskmesh.errors import ContractViolation, PermanentError, TransientError
+from taskmesh.outbox import OutboxMessage
+from taskmesh.worker import unit as units
+from taskmesh.worker.attempt import Attempt, celery_payload, describe_violation
+
+if TYPE_CHECKING:
+    from taskmesh.worker.app import WorkerApp
+
+TransactionMode = Literal["whole", "last"]
+
+
+class MeshTask(Task):  # type: ignore[misc]  # Celery has no types
+    """A task whose effect, inbox row and messages commit together.
+
+    What Celery documents for `delay`, `apply_async`, `retry`, `autoretry_for`, `retry_backoff`, `max_retries`,
+    `countdown`, `eta`, `expires`, `link`, chains and groups holds, with three differences: what a failed or retried
+    attempt sent is not sent; nothing leaves before the commit, so `.get()` on a child cannot work; there are no chords.
+    """
+
+    app: WorkerApp
+    abstract = True
+
+    contract: ClassVar[type[Contract] | None] = None
+    transaction_mode: ClassVar[TransactionMode] = "whole"
+
+    # A failure that may pass is retried after 1, 2, 4, 8 and 16 seconds, each shortened at random.
+    autoretry_for = (TransientError, SoftTimeLimitExceeded)
+    dont_autoretry_for = (Reject, PermanentError)
+    max_retries = 5
+    retry_backoff = True
+    retry_backoff_max = 600
+    retry_jitter = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one delivery to its committed outcome; called by a person's code, just run the function."""
+        if self.request.called_directly:
+            return super().__call__(*args, **kwargs)
+        return Attempt(self, args, kwargs).run()
+
+    @property
+    def session(self) -> Session:
+        """The session of the transaction that commits the task's effect with its inbox row; never commit it.
+
+        Raises:
+            RuntimeError: No attempt is running.
+        """
+        return self._unit().session
+
+    @property
+    def task_id(self) -> UUID:
+        """The id of the running task."""
+        return UUID(self.request.id)
+
+    @contextmanager
+    def transaction(self) -> Iterator[Session]:
+        """A short transaction of its own, committed at the end of the block: a claim, or a read before slow work.
+
+        It is not undone when the task fails later, so it must be safe to repeat.
+        """
+        with self.app.sessions() as session:
+            yield session
+            session.may_commit = True
+            session.commit()
+
+    def send(self, command: Command, **options: Any) -> UUID:
+        """Send a command when, and only if, this task commits; takes the options of `apply_async`.
+
+        Returns:
+            The id of the new task.
+        """
+        result = self.app.send_task(command.type_name, kwargs=command.payload(), **options)
+        return UUID(result.id)
+
+    def emit(self, event: Event) -> UUID:
+        """Publish an event when, and only if, this task commits.
+
+        Returns:
+            The id of the event.
+        """
+        message = TaskMessage(
+            type=event.type_name,
+            id=uuid4(),
+            payload=event.payload(),
+            kind=TaskKind.EVENT,
+            root_id=UUID(self.request.root_id or self.request.id),
+            parent_id=self.task_id,
+            traceparent=telemetry.current_traceparent(),
+            tenant=(self.request.headers or {}).get(celery_protocol.TENANT_HEADER),
+            version=event.version,
+        )
+        self._unit().messages.append(celery_protocol.event(message))
+        return message.id
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        """Celery's `apply_async`; a task with a contract takes an instance of it, or its fields.
+
+        Raises:
+            ContractViolation: The fields do not fit: the sender learns it, not a dead letter.
+        """
+        contract = self.contract
+        if contract is not None:
+            args, kwargs = (), self._validated(contract, args, kwargs)
+        return super().apply_async(args, kwargs, **options)
+
+    @staticmethod
+    def _validated(contract: type[Contract], args: Any, kwargs: Any) -> dict[str, Any]:
+        if args and isinstance(args[0], contract):
+            return args[0].payload()
+        try:
+            return contract.model_validate(celery_payload(tuple(args or ()), kwargs or {})).payload()
+        except ValidationError as error:
+            raise ContractViolation(describe_violation(error)) from error
+
+    def redelivery(self, *, due_at: datetime) -> OutboxMessage:
+        """The running delivery again, at `due_at`, straight to the queue that it came from."""
+        request = self.request
+        options = request.as_execution_options()
+        headers = {key: value for key, value in options["headers"].items() if not key.startswith("x-")}
+        headers.pop(celery_protocol.ETA_HEADER, None)
+        unit = units.Unit(units.Key(self.task_id, 0), self.app.sessions)
+        with units.running(unit):
+            self.app.send_task(
+                self.name,
+                args=list(request.args or ()),
+                kwargs=dict(request.kwargs or {}),
+                eta=max(due_at, datetime.now(UTC)),
+                **{**options, "headers": headers},
+            )
+        return unit.messages[0]
+
+    def _unit(self) -> units.Unit:
+        unit = units.current()
+        if unit is None:
+            raise RuntimeError(f"{self.name}: a session and messages exist only while a worker runs the task")
+        return unit

@@ -1,0 +1,176 @@
+"""The unit of work of one attempt: {inbox row + effect + outbox rows} in one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from uuid import UUID
+
+from psycopg.pq import TransactionStatus
+from sqlalchemy import update
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session, SessionTransaction
+
+from taskmesh import inbox, outbox
+from taskmesh.inbox import InboxState
+from taskmesh.outbox import OutboxMessage
+
+CANCEL_SECONDS = 2.0
+
+
+class AlreadySettled(Exception):  # noqa: N818 - no error: the delivery is a duplicate
+    """Another delivery has settled this attempt, or a later attempt is under way: there is nothing to do."""
+
+
+class TaskSession(Session):
+    """A session that only the runtime commits: a task's own commit would split its effect from its inbox row."""
+
+    may_commit = False
+
+    def commit(self) -> None:
+        """Refuse, unless the runtime has finished the unit.
+
+        Raises:
+            RuntimeError: Called by a task.
+        """
+        if not self.may_commit:
+            raise RuntimeError(
+                "the runtime commits a task's session when the task returns; for an earlier committed step"
+                ' declare the task with transaction="last" and use `with self.transaction() as session`'
+            )
+        super().commit()
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Which attempt of which task."""
+
+    task_id: UUID
+    sequence: int
+
+
+class Unit:
+    """Collects the messages of one attempt, and opens its transaction when it is needed.
+
+    Messages stay in memory until the unit is settled: what a failed attempt sent is not sent, and the retry that it
+    asked for can be written although its own transaction is broken.
+    """
+
+    def __init__(self, key: Key, sessions: Callable[[], TaskSession]) -> None:
+        self.key = key
+        self.messages: list[OutboxMessage] = []
+        self._sessions = sessions
+        self._session: TaskSession | None = None
+        self._savepoint: SessionTransaction | None = None
+
+    @property
+    def session(self) -> TaskSession:
+        """The session of the transaction that will be committed with the inbox row; opened at first use."""
+        return self._session or self.open()
+
+    def open(self) -> TaskSession:
+        """Begin the transaction and claim the attempt in it; a concurrent delivery of the same attempt waits here.
+
+        Raises:
+            AlreadySettled: The inbox knows the attempt.
+        """
+        session = self._begin(InboxState.SUCCEEDED)
+        # What the task writes can then be undone without giving up the claim: no second delivery gets in between.
+        self._savepoint = session.begin_nested()
+        return session
+
+    def _begin(self, state: InboxState) -> TaskSession:
+        session = self._session = self._sessions()
+        if not inbox.claim(session, self.key.task_id, self.key.sequence, state):
+            raise AlreadySettled
+        return session
+
+    def settle(self, state: InboxState, messages: list[OutboxMessage]) -> None:
+        """Commit the effect, the attempt's place in the inbox, and the messages.
+
+        Raises:
+            AlreadySettled: The inbox knows the attempt.
+        """
+        session = self.session
+        if self._savepoint is not None and self._savepoint.is_active:
+            self._savepoint.commit()
+        if state is not InboxState.SUCCEEDED:
+            self._record(session, state)
+        outbox.put(session, messages)
+        session.may_commit = True
+        session.commit()
+
+    def settle_without_effect(self, state: InboxState, messages: list[OutboxMessage]) -> None:
+        """Undo what the task wrote, then commit the attempt's place in the inbox and the messages.
+
+        Raises:
+            AlreadySettled: The inbox knows the attempt; possible only when its transaction was lost.
+        """
+        self._undo()
+        session = self._session or self._begin(state)
+        self._record(session, state)
+        outbox.put(session, messages)
+        session.may_commit = True
+        session.commit()
+
+    def _record(self, session: TaskSession, state: InboxState) -> None:
+        session.execute(
+            update(inbox.inbox).where(inbox.inbox.c.task_id == self.key.task_id).values(state=state.value)
+        )
+
+    def _undo(self) -> None:
+        """Back to the claim if the transaction is sound; else drop it, and the claim with it."""
+        session = self._session
+        if session is None:
+            return
+        if self._savepoint is not None and not _is_busy(session):
+            try:
+                self._savepoint.rollback()
+            except SQLAlchemyError:
+                pass
+            else:
+                return
+        self.drop()
+
+    def drop(self) -> None:
+        """Give up the transaction, whatever state it is in."""
+        session, self._session, self._savepoint = self._session, None, None
+        if session is None:
+            return
+        if _is_busy(session):
+            # A soft time limit raises inside psycopg's wait: the query still runs, and a ROLLBACK would be refused
+            # with "another command is already in progress" while the orphan keeps the inbox row locked.
+            connection = session.connection().connection.driver_connection
+            if connection is not None:
+                connection.cancel_safe(timeout=CANCEL_SECONDS)
+            session.invalidate()
+        session.close()
+
+
+def _is_busy(session: Session) -> bool:
+    try:
+        connection = session.connection().connection.driver_connection
+    except SQLAlchemyError:
+        return False
+    return connection is not None and connection.info.transaction_status == TransactionStatus.ACTIVE
+
+
+_current: ContextVar[Unit | None] = ContextVar("taskmesh_unit", default=None)
+
+
+def current() -> Unit | None:
+    """The unit of the attempt that runs here, or None outside any."""
+    return _current.get()
+
+
+@contextmanager
+def running(unit: Unit) -> Iterator[Unit]:
+    """Make the unit current for the block, and give up its transaction if the block leaves it open."""
+    token = _current.set(unit)
+    try:
+        yield unit
+    finally:
+        _current.reset(token)
+        unit.drop()
