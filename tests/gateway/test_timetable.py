@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from zoneinfo import ZoneInfo
 
 import pytest
-from gateway.timetable import InvalidTimetable, Timetable
 from hypothesis import given
 from hypothesis import strategies as st
+
+from gateway.timetable import InvalidTimetable, Timetable
 
 BERLIN = ZoneInfo("Europe/Berlin")
 ANCHOR = datetime(2026, 1, 1, tzinfo=UTC)
@@ -16,6 +18,7 @@ NIGHTLY = Timetable(cron="30 2 * * *", timezone="Europe/Berlin", anchor_at=ANCHO
 
 
 def every(seconds: float, **bounds: datetime) -> Timetable:
+    """Return an interval from the anchor on."""
     return Timetable(interval=timedelta(seconds=seconds), anchor_at=ANCHOR, **bounds)
 
 
@@ -52,7 +55,7 @@ def test_an_hourly_line_fires_every_hour_that_passes() -> None:
     fires = hourly.fires_between(start, start + timedelta(hours=48), 100)
 
     assert len(fires) == 48
-    assert {later - earlier for earlier, later in zip(fires, fires[1:], strict=False)} == {timedelta(hours=1)}
+    assert {later - earlier for earlier, later in pairwise(fires)} == {timedelta(hours=1)}
 
 
 def test_an_interval_does_not_drift() -> None:
@@ -142,7 +145,7 @@ def test_an_interval_has_no_last_fire_before_its_first() -> None:
 )
 def test_a_wrong_timetable_names_its_field(fields: dict[str, object], wrong: str, says: str) -> None:
     """Every mistake is told with the field that it is in."""
-    with pytest.raises(InvalidTimetable, match=".") as caught:
+    with pytest.raises(InvalidTimetable) as caught:
         Timetable(anchor_at=ANCHOR, **fields)
 
     assert caught.value.field == wrong

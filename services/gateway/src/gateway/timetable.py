@@ -10,16 +10,14 @@ equal times; a line with `*` in its minute or hour follows the clock, so an hour
 from __future__ import annotations
 
 import difflib
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import islice, takewhile
-from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 from cronsim import CronSim, CronSimError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 SHORTEST_INTERVAL = timedelta(seconds=1)
 LONGEST_INTERVAL = timedelta(days=3660)
@@ -33,7 +31,7 @@ _LOOK_BACK = (timedelta(hours=1), timedelta(days=1), timedelta(days=32), timedel
 """Each step finds the last fire of a rarer timetable; nine years hold a 29 February even around a year like 2100."""
 
 
-class InvalidTimetable(ValueError):
+class InvalidTimetable(ValueError):  # noqa: N818 - named like ContractViolation
     """The timetable cannot be followed.
 
     Attributes:
@@ -119,11 +117,9 @@ class Timetable:
             steps = (moment - origin) // self.interval
             return origin + steps * self.interval if steps >= self._first_step() else None
         for reach in _LOOK_BACK:
-            last = None
-            for last in takewhile(lambda fire: fire <= moment, self.after(moment - reach)):
-                pass
-            if last is not None:
-                return last
+            newest = deque(takewhile(lambda fire: fire <= moment, self.after(moment - reach)), maxlen=1)
+            if newest:
+                return newest[0]
         return None
 
     def check_fires(self, moment: datetime) -> datetime:
@@ -172,8 +168,7 @@ def _check_cron(line: str) -> None:
     if len(line.split()) != CRON_FIELDS:
         raise InvalidTimetable(
             "cron",
-            "must have five fields: minute, hour, day of month, month, day of week; "
-            "use interval_seconds for seconds",
+            "must have five fields: minute, hour, day of month, month, day of week; use interval_seconds for seconds",
         )
     try:
         CronSim(line, datetime(2000, 1, 1, tzinfo=UTC))
@@ -191,9 +186,7 @@ def _check_interval(interval: timedelta) -> None:
 def _zone(name: str) -> ZoneInfo:
     try:
         # `localtime` is whatever the host happens to be set to, so replicas could disagree.
-        if name == "localtime":
-            raise ZoneInfoNotFoundError(name)
-        return ZoneInfo(name)
+        return ZoneInfo(name if name != "localtime" else "")
     except (ZoneInfoNotFoundError, ValueError, OSError) as error:
         near = difflib.get_close_matches(name, available_timezones(), n=1)
         hint = f"; did you mean {near[0]}?" if near else "; use an IANA name such as Europe/Berlin"
