@@ -13,7 +13,7 @@ from celery.exceptions import Reject, SoftTimeLimitExceeded
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from taskmesh import celery_protocol, telemetry
+from taskmesh import celery_protocol, outbox, telemetry
 from taskmesh.celery_protocol import TaskMessage
 from taskmesh.contracts import Command, Contract, Event
 from taskmesh.contracts.lifecycle import TaskKind
@@ -90,8 +90,13 @@ class MeshTask(Task):  # type: ignore[misc]  # Celery has no types
         result = self.app.send_task(command.type_name, kwargs=command.payload(), **options)
         return UUID(result.id)
 
-    def emit(self, event: Event) -> UUID:
+    def emit(self, event: Event, *, session: Session | None = None) -> UUID:
         """Publish an event when, and only if, this task commits.
+
+        Args:
+            event: What has happened.
+            session: A transaction of `self.transaction()` that makes the event true: it then leaves with that commit,
+                whatever becomes of the task afterwards.
 
         Returns:
             The id of the event.
@@ -107,7 +112,10 @@ class MeshTask(Task):  # type: ignore[misc]  # Celery has no types
             tenant=(self.request.headers or {}).get(celery_protocol.TENANT_HEADER),
             version=event.version,
         )
-        self._unit().messages.append(celery_protocol.event(message))
+        if session is None:
+            self._unit().messages.append(celery_protocol.event(message))
+        else:
+            outbox.put(session, [celery_protocol.event(message)])
         return message.id
 
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
