@@ -16,13 +16,11 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid5
 
+from taskmesh import exchanges
 from taskmesh.contracts._base import TYPE_PATTERN
 from taskmesh.contracts.lifecycle import TaskKind
 from taskmesh.errors import PermanentError
 from taskmesh.outbox import OutboxMessage
-
-COMMANDS_EXCHANGE = "taskmesh.commands"
-EVENTS_EXCHANGE = "taskmesh.events"
 
 KIND_HEADER = "taskmesh_kind"
 VERSION_HEADER = "taskmesh_version"
@@ -142,12 +140,12 @@ def encode(message: TaskMessage) -> tuple[dict[str, Any], dict[str, Any], bytes]
 
 def command(message: TaskMessage, *, due_at: datetime | None = None) -> OutboxMessage:
     """The outbox form of a command: routed by its type, and never dropped when no queue takes it."""
-    return _outbox(message, COMMANDS_EXCHANGE, mandatory=True, due_at=due_at)
+    return _outbox(message, exchanges.COMMANDS, mandatory=True, due_at=due_at)
 
 
 def event(message: TaskMessage) -> OutboxMessage:
     """The outbox form of an event: for any number of listeners, none included."""
-    return _outbox(message, EVENTS_EXCHANGE, mandatory=False, due_at=None)
+    return _outbox(message, exchanges.EVENTS, mandatory=False, due_at=None)
 
 
 def _outbox(message: TaskMessage, exchange: str, *, mandatory: bool, due_at: datetime | None) -> OutboxMessage:

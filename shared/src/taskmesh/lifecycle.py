@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from taskmesh import exchanges
 from taskmesh.contracts.lifecycle import LIFECYCLE_BATCH, LifecycleEvent
 from taskmesh.outbox import OutboxMessage
-
-LIFECYCLE_EXCHANGE = "taskmesh.lifecycle"
 
 PROPERTIES = {"content_type": "application/json", "content_encoding": "utf-8", "delivery_mode": 2}
 
@@ -20,7 +19,7 @@ PROPERTIES = {"content_type": "application/json", "content_encoding": "utf-8", "
 def message(event: LifecycleEvent) -> OutboxMessage:
     """The outbox form of one lifecycle event: a batch of one, which the relay may join with others of its key."""
     return OutboxMessage(
-        exchange=LIFECYCLE_EXCHANGE,
+        exchange=exchanges.LIFECYCLE,
         routing_key=routing_key(event),
         body=encode([event]),
         properties=PROPERTIES,

@@ -25,15 +25,11 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pydantic import SecretStr
 
 from taskmesh import amqp
+from taskmesh.exchanges import COMMANDS, DEAD, DIRECT, EVENTS, LIFECYCLE
 from taskmesh.management import Management
 
 logger = logging.getLogger(__name__)
 
-COMMANDS = "taskmesh.commands"
-EVENTS = "taskmesh.events"
-LIFECYCLE = "taskmesh.lifecycle"
-DEAD = "taskmesh.dead"
-DIRECT = "taskmesh.direct"
 EXCHANGES = (COMMANDS, EVENTS, LIFECYCLE, DEAD, DIRECT)
 
 GATEWAY = "gateway"
@@ -225,7 +221,7 @@ def declare(topology: Topology, *, amqp_url: SecretStr | str, management: Manage
 
     Raises:
         BrokerUnavailable: The broker cannot be reached.
-        PermanentError: A right is missing, or a queue or an exchange exists with another type.
+        PermanentError: A right is missing (`amqp.BrokerRefusal`), or a queue or exchange exists with another type.
     """
     parameters = amqp.parameters(amqp_url, name="taskmesh-setup")
     for policy in topology.policies:

@@ -16,8 +16,8 @@ from pydantic import TypeAdapter
 from pydantic.errors import PydanticUserError
 from sqlalchemy import Engine
 
-from taskmesh import celery_protocol, telemetry
-from taskmesh.celery_protocol import COMMANDS_EXCHANGE, REDACTED
+from taskmesh import celery_protocol, exchanges, telemetry
+from taskmesh.celery_protocol import REDACTED
 from taskmesh.contracts import Contract, Event
 from taskmesh.contracts._base import TYPE_PATTERN
 from taskmesh.contracts.lifecycle import TaskKind
@@ -29,8 +29,6 @@ from taskmesh.worker import unit as units
 from taskmesh.worker.schedules import announced_schedules
 from taskmesh.worker.task import MeshTask, TransactionMode
 from taskmesh.worker.unit import TaskSession
-
-DIRECT_EXCHANGE = "taskmesh.direct"
 
 # Above the longest task of the services that ship with the mesh; a task may set its own.
 TIME_LIMIT_SECONDS = 300
@@ -301,11 +299,11 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
         if request is not None and options["task_id"] == request.id and name == self.current_worker_task.name:
             # A retry goes back to the queue that it came from: an event's other listeners must not see it again.
             kind = TaskKind((request.headers or {}).get(celery_protocol.KIND_HEADER, TaskKind.COMMAND))
-            options["exchange"], options["routing_key"] = DIRECT_EXCHANGE, queue_of(self.service, kind)
+            options["exchange"], options["routing_key"] = exchanges.DIRECT, queue_of(self.service, kind)
             options.pop("queue", None)
             return
         if not options.get("queue") and not options.get("exchange"):
-            options["exchange"], options["routing_key"] = COMMANDS_EXCHANGE, name
+            options["exchange"], options["routing_key"] = exchanges.COMMANDS, name
 
     def _headers(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
         given = options.get("headers") or {}
@@ -339,7 +337,7 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
 
 def configuration(service: str, settings: WorkerSettings, *, listens: bool) -> dict[str, Any]:
     """Celery's settings under which no message is ever dropped; each line is there for a reason of its own."""
-    exchange = Exchange(COMMANDS_EXCHANGE, type="topic", no_declare=True)
+    exchange = Exchange(exchanges.COMMANDS, type="topic", no_declare=True)
     names = [service, f"{service}.events"] if listens else [service]
     queues = [
         # The argument is read by Celery, which asks no broker, to choose per-consumer prefetch.
@@ -368,7 +366,7 @@ def configuration(service: str, settings: WorkerSettings, *, listens: bool) -> d
         "worker_detect_quorum_queues": True,
         "task_queues": queues,
         "task_default_queue": service,
-        "task_default_exchange": COMMANDS_EXCHANGE,
+        "task_default_exchange": exchanges.COMMANDS,
         "task_default_exchange_type": "topic",
         "task_default_routing_key": service,
         "task_create_missing_queues": False,

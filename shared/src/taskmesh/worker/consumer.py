@@ -19,7 +19,7 @@ from celery.worker.request import Request
 from kombu import Connection
 from kombu.exceptions import KombuError
 
-from taskmesh import celery_protocol, lifecycle
+from taskmesh import celery_protocol, exchanges, lifecycle
 from taskmesh.celery_protocol import EVENT_ID_HEADER, KIND_HEADER, MalformedMessage
 from taskmesh.contracts.lifecycle import LifecycleEvent, TaskKind, TaskState
 from taskmesh.health import Health
@@ -134,7 +134,7 @@ class RunningReports(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery h
         with self._connection.Producer() as producer:
             producer.publish(
                 lifecycle.encode(events),
-                exchange=lifecycle.LIFECYCLE_EXCHANGE,
+                exchange=exchanges.LIFECYCLE,
                 routing_key=lifecycle.routing_key(events[0]),
                 content_type="application/json",
                 content_encoding="utf-8",

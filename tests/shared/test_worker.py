@@ -1,0 +1,353 @@
+"""The worker runtime, with a real worker, a real broker and a real database."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pika
+import psycopg
+import pytest
+from celery import Celery
+from kombu import Exchange
+
+from taskmesh import lifecycle
+from taskmesh.contracts.lifecycle import LifecycleEvent
+
+SERVICE = Path(__file__).parents[1] / "services" / "orders.py"
+DEADLINE_SECONDS = 30.0
+
+
+def eventually(probe: Callable[[], Any], *, seconds: float = DEADLINE_SECONDS) -> Any:
+    """The first truthy answer of the probe."""
+    end = time.monotonic() + seconds
+    while True:
+        answer = probe()
+        if answer:
+            return answer
+        if time.monotonic() > end:
+            pytest.fail(f"not within {seconds} s; last answer: {answer!r}")
+        time.sleep(0.02)
+
+
+@dataclass
+class Orders:
+    """The running service, seen from outside."""
+
+    database_url: str
+    amqp_url: str
+    management_url: str
+    vhost: str
+    environment: dict[str, str]
+    processes: dict[str, subprocess.Popen[bytes]]
+    health: Path
+
+    def start(self, role: str) -> None:
+        """Start a role and wait until it is ready."""
+        (self.health / f"orders-{role}.ready").unlink(missing_ok=True)
+        log = (self.health / f"{role}.log").open("ab")
+        self.processes[role] = subprocess.Popen(
+            [sys.executable, str(SERVICE), role], env=self.environment, stdout=log, stderr=log
+        )
+        eventually(lambda: (self.health / f"orders-{role}.ready").exists())
+
+    def send(self, name: str, task_id: str | None = None, **kwargs: Any) -> str:
+        """Publish as plain Celery does, without a line of Taskmesh."""
+        options = {
+            key: kwargs.pop(key) for key in ("eta", "countdown", "expires", "link", "link_error", "chain") if key in kwargs
+        }
+        with Celery(broker=self.amqp_url, set_as_current=False) as plain:
+            plain.conf.task_create_missing_queues = False
+            exchange = Exchange("taskmesh.commands", type="topic", no_declare=True)
+            result = plain.send_task(
+                name, kwargs=kwargs, task_id=task_id or str(uuid4()), exchange=exchange, routing_key=name, **options
+            )
+            return str(result.id)
+
+    def rows(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        with psycopg.connect(self.database_url, autocommit=True) as connection:
+            return connection.execute(statement, parameters).fetchall()
+
+    def notes(self, task_id: str | None = None) -> list[str]:
+        """What the tasks have written, in order."""
+        if task_id:
+            return [row[0] for row in self.rows("select note from effects where task_id = %s order by id", task_id)]
+        return [row[0] for row in self.rows("select note from effects order by id")]
+
+    def state(self, task_id: str) -> str | None:
+        rows = self.rows("select state from inbox where task_id = %s", task_id)
+        return rows[0][0] if rows else None
+
+    def wait(self, task_id: str, *states: str) -> str:
+        """Wait until the inbox says that the task has ended."""
+        wanted = states or ("succeeded", "failed", "expired")
+        return str(eventually(lambda: (state := self.state(task_id)) in wanted and state))
+
+    def events(self, task_id: str | None = None) -> list[LifecycleEvent]:
+        """What the ledger would be told, taken off its queue."""
+        connection = pika.BlockingConnection(pika.URLParameters(self.amqp_url))
+        channel = connection.channel()
+        found: list[LifecycleEvent] = []
+        while True:
+            method, _, body = channel.basic_get("gateway.lifecycle", auto_ack=True)
+            if method is None:
+                break
+            if method.routing_key.startswith("task."):
+                found += lifecycle.decode(body)
+        connection.close()
+        self._seen += found
+        return [event for event in self._seen if task_id is None or str(event.task_id) == task_id]
+
+    def __post_init__(self) -> None:
+        self._seen: list[LifecycleEvent] = []
+
+    def dead_letters(self) -> int:
+        answer = httpx.get(f"{self.management_url}/api/queues/{self.vhost}/gateway.dead-letters")
+        return int(answer.json().get("messages", 0))
+
+    def idle(self) -> bool:
+        """No message waits and no outbox row is left."""
+        return self.rows("select count(*) from outbox where due_at < now() + interval '1 minute'")[0][0] == 0
+
+
+@pytest.fixture
+def orders(database_url: str, broker: Any, tmp_path: Path) -> Iterator[Orders]:
+    environment = {
+        **os.environ,
+        "TASKMESH_DATABASE_URL": database_url,
+        "TASKMESH_AMQP_URL": broker.amqp_url,
+        "TASKMESH_MANAGEMENT_URL": broker.management_url,
+        "TASKMESH_HEALTH_DIR": str(tmp_path),
+        "TASKMESH_SOFT_SHUTDOWN_SECONDS": "5",
+        "TASKMESH_RELAY_POLL_SECONDS": "0.2",
+    }
+    environment.pop("OTEL_EXPORTER_OTLP_ENDPOINT", None)
+    subprocess.run([sys.executable, str(SERVICE), "setup"], env=environment, check=True)
+    service = Orders(database_url, broker.amqp_url, broker.management_url, broker.vhost, environment, {}, tmp_path)
+    _declare_ledger(broker)
+    _create_effects(database_url)
+    service.start("relay")
+    service.start("worker")
+    yield service
+    for process in service.processes.values():
+        process.terminate()
+    for process in service.processes.values():
+        process.wait(timeout=20)
+
+
+def _create_effects(database_url: str) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("create table effects (id bigserial, task_id uuid, note text, attempt int, at timestamptz)")
+
+
+def _declare_ledger(broker: Any) -> None:
+    from taskmesh.management import Management
+    from taskmesh.topology import declare, gateway_topology
+
+    with Management(broker.management_url) as management:
+        declare(gateway_topology(), amqp_url=broker.amqp_url, management=management)
+
+
+def test_a_plain_celery_message_is_executed_once_and_reported(orders: Orders) -> None:
+    """A message that knows nothing of Taskmesh runs, and the ledger hears of it."""
+    task_id = orders.send("orders.order.place", name="tea")
+
+    assert orders.wait(task_id) == "succeeded"
+    assert orders.notes(task_id) == ["tea"]
+    event = eventually(lambda: [event for event in orders.events(task_id) if event.state == "succeeded"])[0]
+    assert event.result == {"order": "tea"}
+    assert event.started_at and event.started_at <= event.at
+    assert eventually(orders.idle)
+
+
+def test_the_same_message_twenty_times_has_one_effect(orders: Orders) -> None:
+    """The inbox makes redeliveries harmless."""
+    task_id = str(uuid4())
+    for _ in range(20):
+        orders.send("orders.order.place", task_id=task_id, name="tea")
+    last = orders.send("orders.order.place", name="last")
+
+    orders.wait(last)
+    assert orders.notes(task_id) == ["tea"]
+
+
+def test_a_retry_runs_later_and_undoes_what_the_attempt_did(orders: Orders) -> None:
+    """`self.retry` rolls the attempt back and goes through the outbox."""
+    task_id = orders.send("orders.order.place", name="tea", mode="retry", times=2)
+
+    assert orders.wait(task_id) == "succeeded"
+    rows = orders.rows("select note, attempt from effects")
+    assert rows == [("tea", 3)]
+    states = eventually(lambda: (s := [e.state for e in orders.events(task_id)]) and s[-1] == "succeeded" and s)
+    assert [state for state in states if state != "running"] == ["retrying", "retrying", "succeeded"]
+    assert all(event.parent_id is None for event in orders.events(task_id))
+
+
+def test_a_transient_error_ends_failed_when_retries_are_exhausted(orders: Orders) -> None:
+    """Backoff of 1, 2 and 4 seconds is left out of the wait by max_retries 3."""
+    task_id = orders.send("orders.order.place", name="tea", mode="transient")
+
+    assert orders.wait(task_id, "failed") == "failed"
+    assert orders.notes() == []
+    failure = eventually(lambda: [e for e in orders.events(task_id) if e.state == "failed"])[0].failure
+    assert failure is not None and failure.code == "unavailable"
+
+
+@pytest.mark.parametrize(("mode", "code"), [("permanent", "rejected"), ("bug", "exception")])
+def test_a_permanent_error_or_a_bug_fails_the_task_at_once(orders: Orders, mode: str, code: str) -> None:
+    """No retry, no effect, and a reason in the ledger that quotes no data."""
+    task_id = orders.send("orders.order.place", name="tea", mode=mode)
+
+    assert orders.wait(task_id) == "failed"
+    assert orders.notes() == []
+    failure = eventually(lambda: [e for e in orders.events(task_id) if e.state == "failed"])[0].failure
+    assert failure is not None and failure.code == code
+
+
+def test_follow_up_tasks_leave_with_the_commit_and_know_their_parent(orders: Orders) -> None:
+    """One goes at once, one when its countdown is over; both carry root and parent."""
+    task_id = orders.send("orders.order.place", name="tea", mode="follow")
+
+    orders.wait(task_id)
+    eventually(lambda: len(orders.notes()) == 3)
+    assert sorted(orders.notes()) == ["shipped tea", "shipped tea later", "tea"]
+    children = [e for e in orders.events() if e.state in ("queued", "scheduled") and str(e.task_id) != task_id]
+    assert {str(e.parent_id) for e in children} == {task_id}
+    assert {str(e.root_id) for e in children} == {task_id}
+
+
+def test_an_event_reaches_its_listener_as_a_task_of_its_own(orders: Orders) -> None:
+    """The listener's task has an id derived from the event, and the emitting task for a parent."""
+    task_id = orders.send("orders.order.place", name="listener retries", mode="emit")
+
+    eventually(lambda: orders.rows("select 1 from effects where note like 'heard%' and attempt = 2"))
+    heard = eventually(lambda: [e for e in orders.events() if e.kind == "event" and e.state == "succeeded"])
+    assert len(heard) == 1
+    assert str(heard[0].parent_id) == task_id
+    assert heard[0].event_id is not None and heard[0].event_id != heard[0].task_id
+
+
+def test_a_plain_task_with_arguments_runs_as_celery_documents(orders: Orders) -> None:
+    """No contract is needed."""
+    task_id = orders.send("orders.plain.add", x=2, y=3)
+
+    assert orders.wait(task_id) == "succeeded"
+    assert orders.notes(task_id) == ["5"]
+
+
+def test_an_eta_waits_in_the_outbox_and_not_in_the_worker(orders: Orders) -> None:
+    """The message is acknowledged at once, and runs when it is due."""
+    eta = datetime.now(UTC) + timedelta(seconds=1.5)
+    task_id = orders.send("orders.order.place", name="tea", eta=eta)
+
+    assert orders.wait(task_id, "waiting") == "waiting"
+    assert orders.wait(task_id) == "succeeded"
+    assert orders.rows("select at from effects")[0][0] >= eta
+
+
+def test_a_task_that_is_too_late_ends_expired(orders: Orders) -> None:
+    """`expires` in the past is an outcome of its own, not silence."""
+    task_id = orders.send("orders.order.place", name="tea", expires=datetime.now(UTC) - timedelta(seconds=5))
+
+    assert orders.wait(task_id) == "expired"
+    assert orders.notes() == []
+
+
+def test_a_payload_that_violates_its_contract_is_dead_lettered_with_its_reason(orders: Orders) -> None:
+    """The ledger learns which field is wrong, and the message is kept."""
+    task_id = orders.send("orders.order.place", name="tea", mode="no such mode")
+
+    failure = eventually(lambda: [e for e in orders.events(task_id) if e.state == "failed"])[0].failure
+    assert failure is not None and failure.code == "contract_violation" and "/mode" in failure.message
+    assert eventually(orders.dead_letters) == 1
+    assert orders.state(task_id) is None
+
+
+def test_a_child_killed_before_the_commit_leaves_one_effect(orders: Orders) -> None:
+    """The broker brings the message again, and the first run has left nothing."""
+    task_id = orders.send("orders.order.place", name="tea", mode="crash_before")
+
+    assert orders.wait(task_id) == "succeeded"
+    assert orders.notes(task_id) == ["tea"]
+
+
+def test_a_task_that_kills_its_worker_ends_failed_as_poison(orders: Orders) -> None:
+    """It is not delivered for ever, and a healthy task still runs."""
+    task_id = orders.send("orders.plain.poison")
+
+    assert orders.wait(task_id) == "failed"
+    failure = eventually(lambda: [e for e in orders.events(task_id) if e.state == "failed"])[0].failure
+    assert failure is not None and failure.code == "poison"
+    assert orders.wait(orders.send("orders.order.place", name="tea")) == "succeeded"
+
+
+def test_a_task_may_not_commit_its_session(orders: Orders) -> None:
+    """A commit of its own would split the effect from the inbox row."""
+    task_id = orders.send("orders.plain.commit")
+
+    assert orders.wait(task_id) == "failed"
+
+
+def test_steps_commit_on_the_way_and_the_last_transaction_with_the_outcome(orders: Orders) -> None:
+    """A failed task keeps its committed steps and nothing else."""
+    good = orders.send("orders.steps.run")
+    bad = orders.send("orders.steps.run", fail=True)
+
+    assert (orders.wait(good), orders.wait(bad)) == ("succeeded", "failed")
+    assert orders.notes(good) == ["step", "last"]
+    assert orders.notes(bad) == ["step"]
+
+
+def test_a_lost_database_connection_in_mid_task_runs_the_task_again_in_place(orders: Orders) -> None:
+    """The attempt waits for the database instead of spending the queue's deliveries."""
+    task_id = orders.send("orders.order.place", name="tea", mode="slow")
+    eventually(
+        lambda: orders.rows(
+            "select pg_terminate_backend(pid) from pg_stat_activity"
+            " where datname = current_database() and state = 'idle in transaction'"
+        )
+    )
+
+    assert orders.wait(task_id) == "succeeded"
+    assert orders.notes(task_id) == ["tea"]
+
+
+def test_a_slow_task_is_reported_running(orders: Orders) -> None:
+    """The worker's main process tells the ledger, before the outcome is there."""
+    task_id = orders.send("orders.order.place", name="tea", mode="slow")
+
+    running = eventually(lambda: [e for e in orders.events(task_id) if e.state == "running"])[0]
+    assert running.worker
+    assert orders.wait(task_id) == "succeeded"
+
+
+def test_sigterm_lets_a_running_task_finish(orders: Orders) -> None:
+    """Soft shutdown: what ends within its time is acknowledged."""
+    task_id = orders.send("orders.order.place", name="tea", mode="slow")
+    eventually(lambda: orders.rows("select 1 from pg_stat_activity where state = 'idle in transaction'"))
+    orders.processes["worker"].send_signal(signal.SIGTERM)
+
+    assert orders.processes["worker"].wait(timeout=15) is not None
+    assert orders.state(task_id) == "succeeded"
+
+
+def test_a_killed_worker_loses_nothing(orders: Orders) -> None:
+    """SIGKILL in mid-task; the next worker runs it once more."""
+    task_id = orders.send("orders.order.place", name="tea", mode="slow")
+    eventually(lambda: orders.rows("select 1 from pg_stat_activity where state = 'idle in transaction'"))
+    orders.processes["worker"].kill()
+    orders.processes["worker"].wait()
+    orders.start("worker")
+
+    assert orders.wait(task_id) == "succeeded"
+    assert orders.notes(task_id) == ["tea"]
