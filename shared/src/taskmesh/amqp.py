@@ -33,11 +33,26 @@ Long, because a new connection is blocked as well, but only once it has publishe
 the same messages in the broker's receive buffer.
 """
 
-# 403 a right is missing, 404 no such exchange or queue, 405 somebody else's, 406 exists with another type.
-REFUSALS = frozenset({403, 404, 405, 406})
+PRECONDITION_FAILED = 406
+# 403 a right is missing, 404 no such exchange or queue, 405 somebody else's, 406 the wrong type or value.
+REFUSALS = frozenset({403, 404, 405, PRECONDITION_FAILED})
 
 FOREIGN_ERRORS = (AMQPError, ChannelError, ReentrancyError, AMQPConnectorException, OSError, TimeoutError)
 """Everything that pika, or the socket below it, raises for reasons outside this program."""
+
+
+class BrokerRefusal(PermanentError):
+    """The broker closed the channel because of what was asked of it.
+
+    Args:
+        reply_code: One of AMQP's, which are HTTP-like: 403, 404, 405 or 406.
+    """
+
+    code = "broker_refusal"
+
+    def __init__(self, reply_code: int, reply_text: str) -> None:
+        super().__init__(f"the broker refused: {reply_text}")
+        self.reply_code = reply_code
 
 
 def translate(error: BaseException) -> TaskmeshError:
@@ -50,7 +65,7 @@ def translate(error: BaseException) -> TaskmeshError:
     kind = type(error).__name__
     if isinstance(error, ChannelClosedByBroker):
         if error.reply_code in REFUSALS:
-            return PermanentError(f"the broker refused: {error.reply_text}")
+            return BrokerRefusal(error.reply_code, error.reply_text)
         return BrokerUnavailable(f"the broker closed the channel: {error.reply_code} {error.reply_text}")
     if isinstance(error, ConnectionClosed):
         return BrokerUnavailable(f"the connection was closed: {error.reply_code} {error.reply_text}")
@@ -119,25 +134,26 @@ class Connection:
     async def open(cls, url: SecretStr | str, *, name: str) -> Self:
         """Connect, or raise BrokerUnavailable after `CONNECT_TIMEOUT_SECONDS` at the latest."""
         self = cls()
+        with translating():
+            self._connection = AsyncioConnection(
+                parameters(url, name=name),
+                on_open_callback=self._on_open,
+                on_open_error_callback=self._on_lost,
+                on_close_callback=self._on_lost,
+            )
+        self._connection.add_on_connection_blocked_callback(self._on_blocked)
+        self._connection.add_on_connection_unblocked_callback(self._on_unblocked)
+        waiting: set[asyncio.Future[Any]] = {self._opened, self.lost}
         try:
-            with translating():
-                self._connection = AsyncioConnection(
-                    parameters(url, name=name),
-                    on_open_callback=self._on_open,
-                    on_open_error_callback=self._on_lost,
-                    on_close_callback=self._on_lost,
-                )
-            self._connection.add_on_connection_blocked_callback(self._on_blocked)
-            self._connection.add_on_connection_unblocked_callback(self._on_unblocked)
-            waiting: set[asyncio.Future[Any]] = {self._opened, self.lost}
             await asyncio.wait(waiting, timeout=CONNECT_TIMEOUT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            if self.lost.done():
-                raise self.lost.result()
-            if not self._opened.done():
-                raise BrokerUnavailable("the broker did not complete the connection in time")
-        except BaseException:
+        except asyncio.CancelledError:
             self.abort()
             raise
+        if self.lost.done():
+            raise self.lost.result()
+        if not self._opened.done():
+            self.abort()
+            raise BrokerUnavailable("the broker did not complete the connection in time")
         return self
 
     @property
