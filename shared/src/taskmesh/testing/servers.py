@@ -1,0 +1,103 @@
+"""The servers of one test run: started by the first test that needs them, shared by all of pytest-xdist's workers."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from taskmesh.parts import PartMissing, records
+from taskmesh.parts.postgres import GivenPostgres, Postgres
+from taskmesh.parts.processes import Process
+from taskmesh.parts.rabbitmq import Broker, DockerRabbitMQ, GivenRabbitMQ, RabbitMQ, find
+from taskmesh.testing.containers import DockerPostgres
+
+RUNS = Path(tempfile.gettempdir()) / f"taskmesh-tests-{os.getuid()}"
+
+
+class Servers:
+    """The servers in a run's folder.
+
+    `TASKMESH_TEST_DATABASE_URL`, and `TASKMESH_TEST_AMQP_URL` with `TASKMESH_TEST_MANAGEMENT_URL`, name servers to use
+    instead; `TASKMESH_TEST_BACKEND=containers` takes them from Docker.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._containers = os.environ.get("TASKMESH_TEST_BACKEND") == "containers"
+
+    def postgres(self) -> Postgres | DockerPostgres | GivenPostgres:
+        """A PostgreSQL that answers."""
+        if url := os.environ.get("TASKMESH_TEST_DATABASE_URL"):
+            return GivenPostgres(url)
+        with self._locked():
+            server = self._own_postgres()
+            server.start()
+        return server
+
+    def rabbitmq(self) -> Broker:
+        """A RabbitMQ that answers."""
+        if url := os.environ.get("TASKMESH_TEST_AMQP_URL"):
+            management_url = os.environ.get("TASKMESH_TEST_MANAGEMENT_URL")
+            if not management_url:
+                raise PartMissing("TASKMESH_TEST_AMQP_URL is set: set TASKMESH_TEST_MANAGEMENT_URL, too.")
+            return GivenRabbitMQ(url, management_url)
+        with self._locked():
+            server = self._own_rabbitmq()
+            server.start()
+        return server
+
+    def purge(self) -> None:
+        """Stop what was started here and delete its data."""
+        if not self._folder.exists():
+            return
+        self._own_postgres().purge()
+        for rabbitmq in (RabbitMQ(self._folder / "rabbitmq"), DockerRabbitMQ(self._folder / "rabbitmq")):
+            if (self._folder / "rabbitmq").exists():
+                rabbitmq.purge()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _own_postgres(self) -> Postgres | DockerPostgres:
+        folder = self._folder / "postgres"
+        return DockerPostgres(folder) if self._containers else Postgres(folder, durable=False)
+
+    def _own_rabbitmq(self) -> RabbitMQ | DockerRabbitMQ:
+        folder = self._folder / "rabbitmq"
+        return DockerRabbitMQ(folder) if self._containers else find(folder, say=print)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        RUNS.mkdir(mode=0o755, exist_ok=True)
+        self._folder.mkdir(mode=0o755, exist_ok=True)
+        with (self._folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def new_run() -> Path:
+    """The folder of a new test run, named for the process that will clean up; it is made when it is needed."""
+    return RUNS / f"run-{os.getpid()}"
+
+
+def claim(folder: Path) -> None:
+    """Record that this process cleans up the run's folder."""
+    RUNS.mkdir(mode=0o755, exist_ok=True)
+    records.write(folder.with_suffix(".json"), Process.of(os.getpid()).to_json())
+
+
+def release(folder: Path) -> None:
+    """Stop the run's servers and forget the run."""
+    Servers(folder).purge()
+    folder.with_suffix(".json").unlink(missing_ok=True)
+
+
+def release_abandoned() -> None:
+    """Stop the servers of runs that were killed before they could."""
+    for record in RUNS.glob("run-*.json"):
+        owner = Process.from_json(records.read(record))
+        if owner is None or not owner.is_running():
+            release(record.with_suffix(""))
