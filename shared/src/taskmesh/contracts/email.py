@@ -41,7 +41,7 @@ class MessageAccepted(Event, type="email.message.accepted"):
 
 
 class MessageFailed(Event, type="email.message.failed"):
-    """The mail relay has refused the message for good; `reason` is a class such as `hard_bounce`."""
+    """The message was refused for good, or given up; `reason` is a class such as `hard_bounce` or `ambiguous`."""
 
     message_id: UUID
     reason: str

@@ -35,6 +35,7 @@ TIME_LIMIT_SECONDS = 300
 SOFT_TIME_LIMIT_SECONDS = 270
 
 ProcessStart = Callable[[Any], None]
+TaskDecorator = Callable[[Callable[..., Any]], MeshTask]
 StartHook = TypeVar("StartHook", bound=ProcessStart)
 
 
@@ -127,7 +128,7 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
 
     # Declaring
 
-    def task(self, *args: Any, transaction: TransactionMode = "whole", **options: Any) -> Any:
+    def task(self, *args: Any, transaction: TransactionMode = "whole", **options: Any) -> TaskDecorator:
         """Declare a task: `@app.task(IssueInvoice)`, or any of Celery's own forms with a `name`.
 
         Args:
@@ -143,8 +144,9 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
             contract = args[0]
             # Celery's check of arguments against the function's signature would ask for the one named `command`.
             options |= {"name": contract.type_name, "contract": contract, "bind": True, "typing": False}
-            return super().task(**options)
-        return super().task(*args, **options)
+            args = ()
+        decorator: TaskDecorator = super().task(*args, **options)
+        return decorator
 
     def on_process_start(self, hook: StartHook) -> StartHook:
         """Have `hook(settings)` called once in every process that runs tasks, before the first of them."""
