@@ -1,0 +1,166 @@
+"""What travels over HTTP: requests as they are read, answers as they are shown."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Self
+from uuid import UUID
+
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from sqlalchemy import Row
+
+from gateway.ledger import Position
+from taskmesh.contracts.lifecycle import TaskState
+
+MAX_DELAY = timedelta(days=366)
+
+Utc = Annotated[AwareDatetime, AfterValidator(lambda moment: moment.astimezone(UTC))]
+"""A time with an offset, kept and shown in UTC."""
+
+Tag = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
+TypeName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+class TaskSubmission(BaseModel):
+    """A task that a caller asks for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: TypeName
+    """A task type that some worker has announced; see `GET /v1/types`."""
+    payload: dict[str, Any]
+    """What the type's JSON Schema asks for."""
+    run_at: Utc | None = None
+    """Not started before; at most a year ahead."""
+    delay_seconds: Annotated[float, Field(ge=0, le=MAX_DELAY.total_seconds(), allow_inf_nan=False)] | None = None
+    """The same, counted from now."""
+    expires_at: Utc | None = None
+    """Not started after: it becomes `expired` instead."""
+    priority: Annotated[int, Field(ge=0, le=9)] | None = None
+    tags: Annotated[list[Tag], Field(max_length=20)] = []
+
+    @model_validator(mode="after")
+    def _one_due_time(self) -> Self:
+        if self.run_at is not None and self.delay_seconds is not None:
+            raise ValueError("give run_at or delay_seconds, not both")
+        return self
+
+    def due_at(self, now: datetime) -> datetime | None:
+        """When it shall start; None means at once."""
+        if self.run_at is not None:
+            return self.run_at
+        return now + timedelta(seconds=self.delay_seconds) if self.delay_seconds else None
+
+
+class BatchSubmission(BaseModel):
+    """Tasks that are accepted together or not at all."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tasks: Annotated[list[TaskSubmission], Field(min_length=1, max_length=500)]
+
+
+class FailureView(BaseModel):
+    """Why a task, or its last attempt, failed."""
+
+    code: str
+    message: str
+    exception: str | None = None
+
+
+class TaskView(BaseModel):
+    """A task as callers see it. Times are RFC 3339 in UTC."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: UUID
+    type: str
+    kind: str
+    state: TaskState
+    attempt: int
+    """How often it was started; 0 until the first start."""
+    service: str
+    payload: dict[str, Any] | None
+    """Null for tasks that services started themselves: the gateway never sees their payloads."""
+    result: Any
+    error: FailureView | None
+    priority: int | None
+    tags: list[str]
+    parent_id: UUID | None
+    root_id: UUID
+    """The task that a caller asked for; a task that nobody else caused is its own root."""
+    schedule_id: UUID | None
+    created_at: Utc
+    due_at: Utc | None
+    expires_at: Utc | None
+    queued_at: Utc | None
+    started_at: Utc | None
+    finished_at: Utc | None
+    updated_at: Utc
+    trace_id: str | None
+
+    @classmethod
+    def of(cls, row: Row[Any] | Mapping[str, Any]) -> TaskView:
+        """The view of a row of the ledger."""
+        return cls.model_validate(row)
+
+
+class TaskPage(BaseModel):
+    """One page of tasks, newest first."""
+
+    items: list[TaskView]
+    next_cursor: str | None = None
+    """For the next page; null on the last."""
+
+
+class TaskBatch(BaseModel):
+    """The tasks of a batch, in the order in which they were sent."""
+
+    items: list[TaskView]
+
+
+class TypeView(BaseModel):
+    """A task type as its worker has announced it."""
+
+    type: str
+    service: str
+    kind: str
+    version: int
+    title: str
+    description: str
+    payload_schema: dict[str, Any]
+    max_attempts: int | None
+    queue: str
+    announced_at: Utc
+
+
+class TypeList(BaseModel):
+    items: list[TypeView]
+
+
+def encode_cursor(rows: Sequence[Row[Any]], limit: int) -> str | None:
+    """The cursor after a full page; None when the page was not full, so nothing follows."""
+    if len(rows) < limit:
+        return None
+    last = rows[-1]
+    text = json.dumps([last.created_at.astimezone(UTC).isoformat(), str(last.id)], separators=(",", ":"))
+    return base64.urlsafe_b64encode(text.encode()).rstrip(b"=").decode()
+
+
+def decode_cursor(cursor: str) -> Position:
+    """Where a cursor points.
+
+    Raises:
+        ValueError: It is none of ours.
+    """
+    padded = cursor + "=" * (-len(cursor) % 4)
+    content = json.loads(base64.urlsafe_b64decode(padded))
+    if not isinstance(content, list) or len(content) != 2:  # noqa: PLR2004 - time and id
+        raise ValueError("not a cursor")
+    created_at = datetime.fromisoformat(content[0])
+    if created_at.tzinfo is None:
+        raise ValueError("not a cursor")
+    return Position(created_at, UUID(content[1]))

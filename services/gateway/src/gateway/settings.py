@@ -1,0 +1,51 @@
+"""What the gateway's roles are told by their environment."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from taskmesh.settings import PostgresUrl, RelaySettings, ServiceSettings, SetupSettings
+
+
+class GatewaySetupSettings(SetupSettings):
+    """The setup role: the owner's database URL, the broker's administrator."""
+
+
+class ApiSettings(ServiceSettings):
+    """The api role. It is given the broker's address like every role, and never uses it."""
+
+    http_host: str
+    http_port: Annotated[int, Field(ge=0, le=65535)]
+    """0 takes any free port, which the log names."""
+    http_drain_seconds: Annotated[int, Field(ge=1)] = 15
+    """How long requests that are being answered may take after SIGTERM."""
+    database_pool_size: Annotated[int, Field(ge=1, le=200)] = 20
+    database_wait_seconds: Annotated[float, Field(gt=0)] = 3.0
+    """The longest wait for a free connection before the caller is told to come back later."""
+
+
+class ProjectorSettings(ServiceSettings):
+    projector_batch_size: Annotated[int, Field(ge=1, le=5000)] = 500
+    """Messages that become durable with one commit."""
+    idempotency_key_hours: Annotated[float, Field(ge=24)] = 48
+    """How long a repeated request still gets its first answer."""
+
+
+class SchedulerSettings(ServiceSettings):
+    scheduler_poll_seconds: Annotated[float, Field(gt=0, le=60)] = 1.0
+    """The longest sleep between looks at the schedules."""
+
+
+class GatewayRelaySettings(RelaySettings):
+    """The relay role."""
+
+
+class KeysSettings(BaseSettings):
+    """The keys command needs the database alone."""
+
+    model_config = SettingsConfigDict(env_prefix="TASKMESH_", frozen=True, extra="ignore")
+
+    database_url: PostgresUrl

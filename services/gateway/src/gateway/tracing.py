@@ -1,0 +1,60 @@
+"""Every request has a trace, and every answer names it."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from opentelemetry import context, trace
+from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from taskmesh import telemetry
+
+HEADER = "Taskmesh-Trace-Id"
+
+_ids = RandomIdGenerator()
+
+
+class TraceHeader:
+    """ASGI middleware: names the trace in the answer, and begins one where nobody records any.
+
+    A trace id costs nothing and links a task's messages and log lines, so tasks have one even when no collector is
+    configured; its `sampled` flag is off then, so that no other service exports half a trace.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        token = None
+        if not trace.get_current_span().get_span_context().is_valid:
+            token = context.attach(trace.set_span_in_context(NonRecordingSpan(_context_of(scope))))
+        trace_id = (telemetry.current_trace_id() or "").encode()
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (HEADER.lower().encode(), trace_id)]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, named)
+        finally:
+            if token is not None:
+                context.detach(token)
+
+
+def _context_of(scope: Scope) -> SpanContext:
+    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+    remote = trace.get_current_span(telemetry.extract(headers)).get_span_context()
+    if remote.is_valid:
+        return remote
+    return SpanContext(_ids.generate_trace_id(), _ids.generate_span_id(), is_remote=False, trace_flags=TraceFlags(0))
+
+
+def instrument(app: FastAPI) -> None:
+    """Record one server span for each request; probes make none, and the ASGI sends and receives inside make none."""
+    FastAPIInstrumentor.instrument_app(app, excluded_urls="livez,readyz", exclude_spans=["receive", "send"])
