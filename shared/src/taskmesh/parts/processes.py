@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,11 @@ class Process:
             os.waitpid(self.pid, os.WNOHANG)
         return _started(self.pid) == self.started
 
-    def send(self, number: signal.Signals, *, group: bool = False) -> None:
-        """Send a signal to the process, or to its whole group; nothing happens when it has ended."""
-        if not self.is_running():
-            return
-        with contextlib.suppress(ProcessLookupError):
-            (os.killpg if group else os.kill)(self.pid, number)
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the process; nothing happens when it has ended."""
+        if self.is_running():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def wait(self, timeout_seconds: float) -> bool:
         """True as soon as the process has ended; False when it has not within the time."""
@@ -57,17 +56,38 @@ class Process:
         return True
 
     def stop(self, timeout_seconds: float, number: signal.Signals = signal.SIGTERM) -> bool:
-        """Ask the process to end, and kill its whole group when it has not in time; False if it had to be killed."""
+        """Ask the process to end, and kill it when it has not in time; False if it had to be killed.
+
+        Processes of its session that it has left behind are killed.
+        """
         self.send(number)
-        if self.wait(timeout_seconds):
-            return True
+        ended = self.wait(timeout_seconds)
         self.kill()
-        return False
+        return ended
 
     def kill(self) -> None:
-        """End the process and its group at once, and wait until it is gone."""
-        self.send(signal.SIGKILL, group=True)
+        """End the process and the rest of its session at once, and wait until it is gone."""
+        self.send(signal.SIGKILL)
+        for pid in self._session():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.wait(10)
+
+    def uptime_seconds(self) -> float | None:
+        """How long the process has been running; None where the system does not tell."""
+        ticks = self.started.partition("/")[2]
+        try:
+            since_boot = float(Path("/proc/uptime").read_text().split()[0])
+            return since_boot - int(ticks) / os.sysconf("SC_CLK_TCK")
+        except (OSError, ValueError):
+            return None
+
+    def _session(self) -> list[int]:
+        """The other processes of the session that this one leads or led, such as a killed worker's pool."""
+        if _started(self.pid) not in (self.started, None):
+            # The pid belongs to a stranger now, which it could not while the session still had members.
+            return []
+        return [pid for pid, session in _sessions() if session == self.pid and pid != self.pid]
 
 
 def spawn(
@@ -120,6 +140,16 @@ def _started(pid: int) -> str | None:
         return None
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{fields[19]}"
+
+
+def _sessions() -> Iterator[tuple[int, int]]:
+    """Every process with the session it is in; none where there is no /proc."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            text = stat.read_text()
+            fields = text[text.rindex(")") + 2 :].split()
+            if fields[0] not in "ZX":
+                yield int(stat.parent.name), int(fields[3])
 
 
 def _started_by_ps(pid: int) -> str | None:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -18,12 +19,17 @@ import httpx
 import pika
 from pika.exceptions import AMQPError
 
+from taskmesh import topology
+from taskmesh.errors import NotFound
+from taskmesh.management import Management
 from taskmesh.parts import PartDidNotStart, PartMissing, packages, records
 from taskmesh.parts.accounts import Account, data_folder, unprivileged
 from taskmesh.parts.ports import free_port, is_free
 from taskmesh.parts.processes import Process, log_end, spawn
 
 ADMIN = "taskmesh_admin"
+VHOST = "taskmesh"
+"""The virtual host of the local mesh."""
 START_SECONDS = 120.0
 STOP_SECONDS = 40.0
 
@@ -46,8 +52,8 @@ class RabbitMQ:
     runs already is neither used nor disturbed.
 
     Args:
-        folder: Holds the record of the node (`rabbitmq.json`, private), its log, and its data, unless the account of the
-            node cannot reach the folder: the record names where it is.
+        folder: Holds the record of the node (`rabbitmq.json`, private), its log, and its data, unless the
+            account of the node cannot reach the folder: the record names where it is.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -376,32 +382,68 @@ def is_answering(amqp_url: str, management_url: str) -> bool:
         return False
 
 
-def create_vhost(management_url: str, vhost: str) -> None:
-    """Make a virtual host that the management URL's user may do everything in; one that exists is kept.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceUsers:
+    """The two broker users of one service.
 
-    Raises:
-        httpx.HTTPStatusError: The user is not an administrator.
+    Attributes:
+        setup_amqp_url, setup_management_url: For the setup role: may declare what the service owns, and its policies.
+        amqp_url: For every other role: may configure nothing.
     """
+
+    setup_amqp_url: str
+    setup_management_url: str
+    amqp_url: str
+
+
+def create_service_users(
+    broker: Broker, vhost: str, service: str, *, setup_password: str | None = None, password: str | None = None
+) -> ServiceUsers:
+    """Make the broker users `<service>-setup` and `<service>` with the rights that `taskmesh.topology` gives them.
+
+    The passwords of existing users are set anew, so the returned URLs always work. Without a password one is made up.
+    On a broker with several meshes their names carry the virtual host.
+    """
+    prefix = "" if vhost == VHOST else f"{vhost}-"
+    setup_user, user = f"{prefix}{service}-setup", f"{prefix}{service}"
+    setup_password, password = setup_password or secrets.token_urlsafe(24), password or secrets.token_urlsafe(24)
+    with Management(broker.management_url) as management:
+        management.put_user(setup_user, setup_password, tags=["policymaker"])
+        management.put_user(user, password)
+        topology.grant(management, vhost, setup_user, topology.setup_permissions(service))
+        topology.grant(management, vhost, user, topology.permissions(service))
+    return ServiceUsers(
+        setup_amqp_url=in_vhost(broker.amqp_url, vhost, user=setup_user, password=setup_password),
+        setup_management_url=_as_user(broker.management_url, setup_user, setup_password),
+        amqp_url=in_vhost(broker.amqp_url, vhost, user=user, password=password),
+    )
+
+
+def create_vhost(management_url: str, vhost: str) -> None:
+    """Make a virtual host that the management URL's user may do everything in; one that exists is kept."""
     user = unquote(urlsplit(management_url).username or "")
-    place = f"{management_url}/api"
-    everything = {"configure": ".*", "write": ".*", "read": ".*"}
-    httpx.put(f"{place}/vhosts/{quote(vhost, safe='')}", timeout=30).raise_for_status()
-    path = f"{place}/permissions/{quote(vhost, safe='')}/{quote(user, safe='')}"
-    httpx.put(path, json=everything, timeout=30).raise_for_status()
+    with Management(management_url, timeout_seconds=30) as management:
+        management.put_vhost(vhost)
+        management.put_permissions(vhost, user, configure=".*", write=".*", read=".*")
 
 
 def delete_vhost(management_url: str, vhost: str) -> None:
     """Delete a virtual host with all it holds; nothing happens if there is none."""
-    httpx.delete(f"{management_url}/api/vhosts/{quote(vhost, safe='')}", timeout=30)
+    with Management(management_url, timeout_seconds=30) as management, contextlib.suppress(NotFound):
+        management.delete_vhost(vhost)
 
 
 def in_vhost(amqp_url: str, vhost: str, *, user: str | None = None, password: str | None = None) -> str:
     """The same server's URL for another virtual host, and another user if one is given."""
     parts = urlsplit(amqp_url)
-    account, _, place = parts.netloc.rpartition("@")
-    if user is not None:
-        account = f"{quote(user, safe='')}:{quote(password or '', safe='')}"
-    return urlunsplit(parts._replace(netloc=f"{account}@{place}", path=f"/{quote(vhost, safe='')}"))
+    moved = urlunsplit(parts._replace(path=f"/{quote(vhost, safe='')}"))
+    return moved if user is None else _as_user(moved, user, password or "")
+
+
+def _as_user(url: str, user: str, password: str) -> str:
+    parts = urlsplit(url)
+    place = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{quote(user, safe='')}:{quote(password, safe='')}@{place}"))
 
 
 def _ports(known: dict[str, int]) -> dict[str, int]:

@@ -1,0 +1,106 @@
+"""A TCP proxy that fails on command: the network between a client and a real server, in the hands of a test."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from types import TracebackType
+from typing import Self
+from urllib.parse import urlsplit, urlunsplit
+
+
+class TcpProxy:
+    """Forwards connections to a server until told to stall, cut or refuse them; use it as an async context manager.
+
+    Args:
+        url: Of the server; `url` of the proxy is the same with the proxy's own port.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._parts = urlsplit(url)
+        self._server: asyncio.Server | None = None
+        self._clients: set[asyncio.StreamWriter] = set()
+        self._pumps: set[asyncio.Task[None]] = set()
+        self._answers = asyncio.Event()
+        self._answers.set()
+        self._port = 0
+        self.accepted = 0
+        """Connections that were made so far."""
+
+    @property
+    def url(self) -> str:
+        """The server's URL by way of the proxy."""
+        credentials, at, _ = self._parts.netloc.rpartition("@")
+        return urlunsplit(self._parts._replace(netloc=f"{credentials}{at}127.0.0.1:{self._port}"))
+
+    async def __aenter__(self) -> Self:
+        await self.accept()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.refuse()
+
+    async def accept(self) -> None:
+        """Take connections (again), on the same port as before."""
+        if self._server is None:
+            self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port)
+            self._port = self._server.sockets[0].getsockname()[1]
+
+    async def refuse(self) -> None:
+        """Cut what is open and refuse new connections, like a server that is down."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        self.cut()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    def cut(self) -> None:
+        """Reset every open connection."""
+        for pump in self._pumps:
+            pump.cancel()
+        for client in self._clients:
+            client.transport.abort()
+
+    def stall(self) -> None:
+        """Hold back the server's answers; what clients send still arrives."""
+        self._answers.clear()
+
+    def resume(self) -> None:
+        """Let the server's answers through, those that were held back first."""
+        self._answers.set()
+
+    def inject(self, data: bytes) -> None:
+        """Send bytes to every client as if the server had."""
+        for client in self._clients:
+            client.write(data)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        upstream_reader, upstream_writer = await asyncio.open_connection(self._parts.hostname, self._parts.port)
+        self._clients.add(writer)
+        pumps = {
+            asyncio.create_task(self._pump(reader, upstream_writer, None)),
+            asyncio.create_task(self._pump(upstream_reader, writer, self._answers)),
+        }
+        self._pumps |= pumps
+        try:
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            self._pumps -= pumps
+            self._clients.discard(writer)
+            for end in (writer, upstream_writer):
+                end.close()
+
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, gate: asyncio.Event | None
+    ) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                if gate is not None:
+                    await gate.wait()
+                writer.write(data)
+                await writer.drain()
