@@ -14,16 +14,15 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID, uuid4, uuid5
 
-from sqlalchemy import Row, delete, exists, func, select, text, tuple_, update
+from sqlalchemy import Row, delete, func, select, text, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from taskmesh.contracts.manifest import Manifest, ScheduleManifest
-from taskmesh.errors import ConflictError, NotFound
-
 from gateway import models
 from gateway.timetable import InvalidTimetable, Timetable
+from taskmesh.contracts.manifest import Manifest, ScheduleManifest
+from taskmesh.errors import ConflictError, NotFound
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +208,7 @@ async def get(connection: AsyncConnection, schedule_id: UUID, *, lock: bool = Fa
     return from_row(row)
 
 
-async def list_page(  # noqa: PLR0913 - one optional filter each
+async def list_page(
     connection: AsyncConnection,
     *,
     limit: int,
@@ -354,13 +353,6 @@ async def prune_fires(connection: AsyncConnection, *, now: datetime, limit: int)
     old = select(fires.c.schedule_id, fires.c.fire_at).where(fires.c.fired_at < now - FIRES_KEPT).limit(limit)
     result = await connection.execute(delete(fires).where(tuple_(fires.c.schedule_id, fires.c.fire_at).in_(old)))
     return result.rowcount
-
-
-async def is_type_announced(connection: AsyncConnection, type_name: str) -> bool:
-    """True if some service announces the type."""
-    manifests = models.manifests
-    announces = manifests.c.manifest["types"].contains([{"type": type_name}])
-    return bool((await connection.execute(select(exists().where(announces)))).scalar_one())
 
 
 async def notify(connection: AsyncConnection) -> None:
