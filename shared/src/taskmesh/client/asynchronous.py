@@ -1,0 +1,177 @@
+"""The client for code with async and await: the same operations as in blocking.py, under the other driver."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Self, Unpack
+from uuid import UUID
+
+import httpx
+
+from taskmesh.client import connection, operations, schedules, streaming
+from taskmesh.client.drivers import AsyncDriver
+from taskmesh.client.exchange import Patience
+from taskmesh.client.operations import Filter, Seconds, Submission, SubmitOptions
+from taskmesh.client.results import Schedule, StateChange, Task, TaskType
+from taskmesh.client.schedules import NewSchedule, ScheduleChanges
+from taskmesh.contracts import Command
+
+
+class AsyncTaskmesh:
+    """Submits tasks to a gateway and follows them; safe to share between coroutines of one event loop.
+
+        async with AsyncTaskmesh.from_env() as mesh:
+            task = await mesh.submit(IssueInvoice(...), wait=30)
+
+    Every call is tried again after a lost connection and after 429, 502, 503 and 504, for as long as `timeout` allows,
+    provided that doing it twice is the same as once. The caller's trace is carried along.
+
+    Args:
+        url: The gateway's address, such as `https://taskmesh.internal`.
+        api_key: What `python -m gateway keys create` printed.
+        timeout: The longest that one call may take with all its retries; waiting that the caller asks for is added.
+        http: A client with other TLS or proxy settings; it stays the caller's to close.
+
+    Raises (every method):
+        TaskmeshProblem: The gateway refused; the subclass says why.
+        GatewayUnreachable: There was no answer.
+    """
+
+    def __init__(
+        self, url: str, api_key: str, *, timeout: Seconds = 30.0, http: httpx.AsyncClient | None = None
+    ) -> None:
+        self._owned = http is None
+        self._http = http or httpx.AsyncClient()
+        connection.address(self._http, url, api_key)
+        self._driver = AsyncDriver(self._http)
+        self._patience = Patience(total_seconds=operations.in_seconds(timeout))
+        self.schedules = AsyncSchedules(self._driver, self._patience)
+
+    @classmethod
+    def from_env(cls, *, timeout: Seconds = 30.0) -> Self:
+        """The client that `TASKMESH_URL` and `TASKMESH_API_KEY` describe.
+
+        Raises:
+            NotConfigured: One of them is missing.
+        """
+        url, api_key = connection.from_environment()
+        return cls(url, api_key, timeout=timeout)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Give up the connections."""
+        if self._owned:
+            await self._http.aclose()
+
+    async def submit(
+        self,
+        task: str | Command,
+        payload: Mapping[str, Any] | None = None,
+        **options: Unpack[SubmitOptions],
+    ) -> Task:
+        """Submit a contract, or a type with its payload; the task is on disk when this returns.
+
+        Raises:
+            UnknownType: No service has announced the type.
+            PayloadRefused: The payload does not fit the contract of its type.
+            IdempotencyConflict: The key was used before, with another body.
+        """
+        return await self._driver.run(operations.submit(task, payload, options, self._patience))
+
+    async def submit_many(
+        self, tasks: Iterable[Submission | Command], *, idempotency_key: str | None = None
+    ) -> tuple[Task, ...]:
+        """Submit up to 500 tasks, all or none; pointers of a refusal begin with `/tasks/<index>`."""
+        return await self._driver.run(operations.submit_many(tasks, idempotency_key, self._patience))
+
+    async def get(self, task_id: UUID | str) -> Task:
+        """The task as it is now."""
+        return await self._driver.run(operations.get(task_id, self._patience))
+
+    async def wait(self, task_id: UUID | str, timeout: Seconds) -> Task:  # noqa: ASYNC109 - the limit is also told to the gateway
+        """The finished task, whatever its final state.
+
+        Raises:
+            WaitTimeout: It is not finished within `timeout`, and goes on.
+        """
+        return await self._driver.run(operations.wait(task_id, timeout, self._patience))
+
+    def list(self, *, limit: int | None = None, page_size: int = 100, **wanted: Unpack[Filter]) -> AsyncIterator[Task]:
+        """The tasks that match, newest first, fetched page by page."""
+        return self._driver.iterate(operations.list_tasks(wanted, limit, page_size, self._patience))
+
+    def events(
+        self, task_id: UUID | str, *, tree: bool = False, after: int | None = None
+    ) -> AsyncIterator[StateChange]:
+        """Every change of state of the task, from its first (or behind `after`) to its last, as they happen.
+
+        Args:
+            tree: Those of all tasks of the same request, until the last of them is finished.
+        """
+        return self._driver.iterate(streaming.follow(task_id, tree=tree, after=after, patience=self._patience))
+
+    async def types(self) -> tuple[TaskType, ...]:
+        """Every task type that services have announced."""
+        return await self._driver.run(operations.list_types(self._patience))
+
+    async def type(self, name: str) -> TaskType:
+        """One task type, with its schema.
+
+        Raises:
+            UnknownType: No service has announced it.
+        """
+        return await self._driver.run(operations.get_type(name, self._patience))
+
+
+class AsyncSchedules:
+    """Makes and changes schedules."""
+
+    def __init__(self, driver: AsyncDriver, patience: Patience) -> None:
+        self._driver = driver
+        self._patience = patience
+
+    async def create(
+        self,
+        name: str,
+        task: str | Command,
+        payload: Mapping[str, Any] | None = None,
+        **options: Unpack[NewSchedule],
+    ) -> Schedule:
+        """Have a task submitted at every fire of a cron line or an interval.
+
+        Raises:
+            Conflict: The name is taken.
+        """
+        return await self._driver.run(schedules.create(name, task, payload, options, self._patience))
+
+    def list(self, *, page_size: int = 100) -> AsyncIterator[Schedule]:
+        """Every schedule, fetched page by page."""
+        return self._driver.iterate(schedules.list_schedules(page_size, self._patience))
+
+    async def get(self, schedule_id: UUID | str) -> Schedule:
+        """The schedule as it is now."""
+        return await self._driver.run(schedules.get(schedule_id, self._patience))
+
+    async def update(self, schedule_id: UUID | str, **changes: Unpack[ScheduleChanges]) -> Schedule:
+        """Change what is given and leave the rest."""
+        return await self._driver.run(schedules.update(schedule_id, changes, self._patience))
+
+    async def pause(self, schedule_id: UUID | str) -> Schedule:
+        """Fire no more until resumed."""
+        return await self._driver.run(schedules.pause(schedule_id, self._patience))
+
+    async def resume(self, schedule_id: UUID | str) -> Schedule:
+        """Fire again."""
+        return await self._driver.run(schedules.resume(schedule_id, self._patience))
+
+    async def delete(self, schedule_id: UUID | str) -> None:
+        """Fire never again; tasks that it has submitted stay."""
+        await self._driver.run(schedules.delete(schedule_id, self._patience))
