@@ -22,9 +22,7 @@ _CODES_BY_EXPONENT = {
     4: "CLF UYW",
 }
 
-EXPONENTS: dict[str, int] = {
-    code: exponent for exponent, codes in _CODES_BY_EXPONENT.items() for code in codes.split()
-}
+EXPONENTS: dict[str, int] = {code: exponent for exponent, codes in _CODES_BY_EXPONENT.items() for code in codes.split()}
 """Decimals of the minor unit by currency code; metals, test codes and baskets, which have none, are left out."""
 
 CURRENCIES: tuple[str, ...] = tuple(sorted(EXPONENTS))

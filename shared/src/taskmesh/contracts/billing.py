@@ -3,8 +3,8 @@
 Money is integer minor units with an ISO 4217 code (10.00 EUR is 1000, 1000 JPY is 1000, 1.000 BHD is 1000).
 Quantities, unit prices and tax rates are decimal strings, so that no float is ever near money.
 
-As much as JSON Schema can say is said in the schema, so that whoever validates against it, such as the gateway before it
-stores a task, points at the field. What only arithmetic can tell (totals, limits) is left to the service.
+As much as JSON Schema can say is said in the schema, so that whoever validates against it, such as the gateway before
+it stores a task, points at the field. What only arithmetic can tell (totals, limits) is left to the service.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ EmailAddress = Annotated[
     ),
     Field(json_schema_extra={"format": "email"}),
 ]
+# EU numbers start with two letters; Japan's with one, Bahrain's with none.
+VatId = Annotated[str, StringConstraints(pattern=r"^[0-9A-Z][0-9A-Za-z+*.-]{3,19}$")]
 Locale = Annotated[str, StringConstraints(pattern=r"^[a-z]{2}(-[A-Z]{2})?$")]
 
 
@@ -76,7 +78,7 @@ class Buyer(Part):
     country: Annotated[str, StringConstraints(pattern=r"^[A-Z]{2}$")]
     email: EmailAddress
     locale: Locale = "en"
-    vat_id: Annotated[str, StringConstraints(pattern=r"^[A-Z]{2}[0-9A-Za-z+*.]{2,13}$")] | None = None
+    vat_id: VatId | None = None
 
 
 class TaxCategory(StrEnum):
