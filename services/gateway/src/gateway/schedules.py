@@ -95,10 +95,14 @@ class Definition:
         Raises:
             InvalidTimetable: They contradict themselves.
         """
+        try:
+            interval = None if self.interval_seconds is None else timedelta(seconds=self.interval_seconds)
+        except (OverflowError, ValueError) as error:
+            raise InvalidTimetable("interval_seconds", "is not a length of time") from error
         return Timetable(
             cron=self.cron,
             timezone=self.timezone,
-            interval=None if self.interval_seconds is None else timedelta(seconds=self.interval_seconds),
+            interval=interval,
             anchor_at=anchor_at,
             starts_at=self.starts_at,
             ends_at=self.ends_at,
