@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import struct
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import pika
+import pika.data
 from pika.adapters.asyncio_connection import AsyncioConnection
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.channel import Channel
@@ -39,6 +41,35 @@ REFUSALS = frozenset({403, 404, 405, PRECONDITION_FAILED})
 
 FOREIGN_ERRORS = (AMQPError, ChannelError, ReentrancyError, AMQPConnectorException, OSError, TimeoutError)
 """Everything that pika, or the socket below it, raises for reasons outside this program."""
+
+
+# A time limit of 2.5 s is a header of Celery's, and must survive a relay, a dead letter and a replay. pika 1.4 refuses
+# to write AMQP doubles, and reads them as whole numbers.
+_encode_value_without_floats = pika.data.encode_value
+_decode_value_without_floats = pika.data.decode_value
+
+
+def _encode_value(pieces: list[bytes], value: Any) -> int:
+    if isinstance(value, float):
+        pieces.append(struct.pack(">cd", b"d", value))
+        return 9
+    size: int = _encode_value_without_floats(pieces, value)
+    return size
+
+
+def _decode_value(encoded: bytes, offset: int) -> tuple[Any, int]:
+    match encoded[offset : offset + 1]:
+        case b"d":
+            return struct.unpack_from(">d", encoded, offset + 1)[0], offset + 9
+        case b"f":
+            return struct.unpack_from(">f", encoded, offset + 1)[0], offset + 5
+    value: tuple[Any, int] = _decode_value_without_floats(encoded, offset)
+    return value
+
+
+# pika calls both through its module, also for what is nested.
+pika.data.encode_value = _encode_value
+pika.data.decode_value = _decode_value
 
 
 class BrokerRefusal(PermanentError):
@@ -127,6 +158,7 @@ class Connection:
         self._opened: asyncio.Future[None] = loop.create_future()
         self._unblocked = asyncio.Event()
         self._unblocked.set()
+        self._aborted = False
         self.lost: asyncio.Future[TaskmeshError] = loop.create_future()
         """Done once the connection is gone (or could not be made), with the reason."""
 
@@ -158,8 +190,8 @@ class Connection:
 
     @property
     def is_open(self) -> bool:
-        """True until the connection is lost or being closed."""
-        return self._connection is not None and bool(self._connection.is_open)
+        """True until the connection is lost, aborted, or being closed."""
+        return self._connection is not None and not self._aborted and bool(self._connection.is_open)
 
     @property
     def is_blocked(self) -> bool:
@@ -221,6 +253,7 @@ class Connection:
         """Cut the connection without a word; does nothing when it is gone already."""
         if self._connection is None or self.lost.done():
             return
+        self._aborted = True
         with contextlib.suppress(*FOREIGN_ERRORS):
             # pika's close() waits for the broker, which is the one that does not answer.
             self._connection._terminate_stream(StreamLostError("aborted"))  # noqa: SLF001

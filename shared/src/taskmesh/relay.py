@@ -28,7 +28,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from taskmesh import amqp, celery_protocol, exchanges, lifecycle, telemetry
-from taskmesh.contracts.lifecycle import LifecycleEvent, TaskKind, TaskState
+from taskmesh.contracts.lifecycle import LifecycleEvent, TaskState
 from taskmesh.contracts.manifest import Manifest
 from taskmesh.database import is_unavailable
 from taskmesh.errors import BrokerUnavailable, TransientError
@@ -115,10 +115,11 @@ class ServiceHooks:
         except celery_protocol.MalformedMessage:
             logger.warning("row carries no task", extra={"outbox_id": row.id, "exchange": row.exchange})
             return None
-        listens = task.kind is TaskKind.EVENT
+        # A listener's retry carries its own id already, and the event's in a header.
+        event_id = row.headers.get(celery_protocol.EVENT_ID_HEADER)
         return LifecycleEvent(
-            task_id=celery_protocol.listener_task_id(task.id, self._service) if listens else task.id,
-            event_id=task.id if listens else None,
+            task_id=task.id,
+            event_id=UUID(event_id) if event_id else None,
             type=task.type,
             state=state,
             at=datetime.now(UTC),
