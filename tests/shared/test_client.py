@@ -261,6 +261,25 @@ def test_waiting_that_is_over_raises_with_the_task_as_it_is(mesh, gateway):
     assert caught.value.task.state is client.TaskState.RUNNING
 
 
+def test_a_tree_is_finished_when_nothing_more_comes(mesh, gateway):
+    root = gateway.task_json("succeeded")
+    child = {**gateway.task_json("running"), "id": gateway.child_id, "parent_id": gateway.task_id}
+    gateway.will(
+        gateway.task("succeeded"),
+        gateway.reply(body={"items": [root]}),
+        gateway.reply(body={"items": [child, root]}),
+        gateway.reply(body={"items": [{**child, "state": "failed"}, root]}),
+    )
+
+    tasks = mesh.wait_tree(gateway.task_id, timeout=30)
+
+    assert [(str(task.id), task.state.value) for task in tasks] == [
+        (gateway.task_id, "succeeded"),
+        (gateway.child_id, "failed"),
+    ]
+    assert gateway.asked[-1].query["root_id"] == gateway.task_id
+
+
 def test_a_submission_that_waits_returns_the_finished_task(mesh, gateway):
     gateway.will(gateway.task("running", status=202), gateway.task("succeeded"))
 
@@ -333,18 +352,19 @@ def test_a_stream_that_ends_before_the_task_does_is_opened_again(mesh, gateway):
 
 def test_a_tree_is_followed_until_its_last_task_is_finished(mesh, gateway):
     gateway.will(
-        gateway.stream((1, "succeeded"), (2, "running", gateway.child_id)),
-        gateway.stream((3, "succeeded", gateway.child_id)),
+        gateway.stream((1, "succeeded")),
+        gateway.stream((2, "running", gateway.child_id), (3, "succeeded", gateway.child_id)),
+        gateway.reply(204),
     )
 
     changes = list(mesh.events(gateway.task_id, tree=True))
 
     assert [str(change.task_id) for change in changes] == [gateway.task_id, gateway.child_id, gateway.child_id]
-    assert [asked.query for asked in gateway.asked] == [{"tree": "true"}] * 2
+    assert [asked.query for asked in gateway.asked] == [{"tree": "true"}] * 3
 
 
 def test_a_stream_can_be_resumed_behind_its_end(mesh, gateway):
-    gateway.will(gateway.stream())
+    gateway.will(gateway.reply(204))
 
     assert list(mesh.events(gateway.task_id, after=9)) == []
     assert gateway.asked[0].headers["last-event-id"] == "9"

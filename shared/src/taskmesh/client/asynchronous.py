@@ -104,6 +104,14 @@ class AsyncTaskmesh:
         """
         return await self._driver.run(operations.wait(task_id, timeout, self._patience))
 
+    async def wait_tree(self, task_id: UUID | str, timeout: Seconds) -> tuple[Task, ...]:  # noqa: ASYNC109 - the limit is also told to the gateway
+        """The task and everything that followed from it, root first, once all of it is finished.
+
+        Raises:
+            WaitTimeout: Some of it is not finished within `timeout`, and goes on.
+        """
+        return await self._driver.run(operations.wait_tree(task_id, timeout, self._patience))
+
     def list(self, *, limit: int | None = None, page_size: int = 100, **wanted: Unpack[Filter]) -> AsyncIterator[Task]:
         """The tasks that match, newest first, fetched page by page."""
         return self._driver.iterate(operations.list_tasks(wanted, limit, page_size, self._patience))

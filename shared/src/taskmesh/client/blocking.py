@@ -102,6 +102,14 @@ class Taskmesh:
         """
         return self._driver.run(operations.wait(task_id, timeout, self._patience))
 
+    def wait_tree(self, task_id: UUID | str, timeout: Seconds) -> tuple[Task, ...]:
+        """The task and everything that followed from it, root first, once all of it is finished.
+
+        Raises:
+            WaitTimeout: Some of it is not finished within `timeout`, and goes on.
+        """
+        return self._driver.run(operations.wait_tree(task_id, timeout, self._patience))
+
     def list(self, *, limit: int | None = None, page_size: int = 100, **wanted: Unpack[Filter]) -> Iterator[Task]:
         """The tasks that match, newest first, fetched page by page."""
         return self._driver.iterate(operations.list_tasks(wanted, limit, page_size, self._patience))

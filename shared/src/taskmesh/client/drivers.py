@@ -60,13 +60,13 @@ class Driver:
                 case Open(request):
                     response = self._http.send(_build(self._http, request), stream=True)
                     if response.is_success:
-                        return Opened((response, response.iter_bytes()))
+                        return Opened((response, response.iter_bytes()), response.status_code)
                     with closing(response):
                         response.read()
                         return _answer(response)
-                case Read(Opened((_, chunks))):
+                case Read(Opened(handle=(_, chunks))):
                     return next(chunks, b"")
-                case Close(Opened((response, _))):
+                case Close(Opened(handle=(response, _))):
                     response.close()
         except httpx.HTTPError as error:
             return Lost(error)
@@ -119,13 +119,13 @@ class AsyncDriver:
                 case Open(request):
                     response = await self._http.send(_build(self._http, request), stream=True)
                     if response.is_success:
-                        return Opened((response, response.aiter_bytes()))
+                        return Opened((response, response.aiter_bytes()), response.status_code)
                     async with aclosing(response):
                         await response.aread()
                         return _answer(response)
-                case Read(Opened((_, chunks))):
+                case Read(Opened(handle=(_, chunks))):
                     return await anext(chunks, b"")
-                case Close(Opened((response, _))):
+                case Close(Opened(handle=(response, _))):
                     await response.aclose()
         except httpx.HTTPError as error:
             return Lost(error)

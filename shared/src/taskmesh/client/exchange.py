@@ -85,6 +85,7 @@ class Opened:
     """An open stream; `handle` belongs to the driver."""
 
     handle: Any
+    status: int
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from uuid import UUID
 
 from taskmesh.client.exchange import Deadline, Operation, Patience, Pause, Request, call
-from taskmesh.client.paging import emit_pages
+from taskmesh.client.paging import collect, emit_pages
 from taskmesh.client.problems import WaitTimeout
 from taskmesh.client.results import Task, TaskPage, TaskType, TaskTypes
 from taskmesh.contracts import Command
@@ -21,6 +21,11 @@ LONGEST_HOLD_SECONDS = 60
 """The longest `Prefer: wait` that the gateway grants; longer waits are several of them."""
 
 EARLY_SECONDS = 0.5
+
+LARGEST_PAGE = 200
+TREE_POLL_SECONDS = 0.25
+TREE_QUIET_SECONDS = 2.0
+"""How long a tree must be all finished: a follow-up task reaches the ledger a little after its parent is finished."""
 
 Seconds: TypeAlias = float | timedelta
 """A length of time; a bare number is seconds."""
@@ -161,6 +166,24 @@ def wait(task_id: UUID | str, timeout: Seconds, patience: Patience) -> Operation
     if not task.finished:
         raise WaitTimeout(task, seconds)
     return task
+
+
+def wait_tree(root_id: UUID | str, timeout: Seconds, patience: Patience) -> Operation[tuple[Task, ...]]:
+    """All tasks of one request, once all are finished; see `Taskmesh.wait_tree`."""
+    deadline = Deadline(in_seconds(timeout))
+    yield from wait(root_id, timeout, patience)
+    quiet = Deadline(TREE_QUIET_SECONDS)
+    known = 0
+    while True:
+        tasks = yield from collect(list_tasks(Filter(root_id=root_id), None, LARGEST_PAGE, patience))
+        unfinished = [task for task in tasks if not task.finished]
+        if unfinished or len(tasks) != known:
+            quiet, known = Deadline(TREE_QUIET_SECONDS), len(tasks)
+        elif not quiet.remaining:
+            return tuple(sorted(tasks, key=lambda task: (task.parent_id is not None, task.created_at)))
+        if unfinished and not deadline.remaining:
+            raise WaitTimeout(unfinished[0], deadline.seconds)
+        yield Pause(TREE_POLL_SECONDS)
 
 
 def list_tasks(wanted: Filter, limit: int | None, page_size: int, patience: Patience) -> Operation[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from taskmesh.client.exchange import Emit, Operation, Patience, Request, call
 
@@ -43,3 +43,19 @@ def emit_pages(
         cursor = page.next_cursor
         if not cursor:
             return
+
+
+def collect(operation: Operation[None]) -> Operation[list[Any]]:
+    """All that an operation emits, in one list."""
+    items: list[Any] = []
+    outcome: Any = None
+    while True:
+        try:
+            step = operation.send(outcome)
+        except StopIteration:
+            return items
+        if isinstance(step, Emit):
+            items.append(step.value)
+            outcome = None
+        else:
+            outcome = yield step

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from urllib.parse import quote
 from uuid import UUID
 
+import httpx
+
 from taskmesh.client.exchange import (
     Close,
     Deadline,
@@ -80,7 +82,8 @@ class EventParser:
 def follow(task_id: UUID | str, *, tree: bool, after: int | None, patience: Patience) -> Operation[None]:
     """Emit each change of state once, until the task, or with `tree` every task of its tree, is finished.
 
-    A lost connection is opened again behind the last change that came.
+    A lost connection is opened again behind the last change that came. Only the gateway knows when a tree is finished:
+    it ends the stream, and answers 204 to whoever comes back.
 
     Raises:
         TaskmeshProblem: The gateway refused the stream.
@@ -104,14 +107,14 @@ def follow(task_id: UUID | str, *, tree: bool, after: int | None, patience: Pati
         if isinstance(outcome, Opened):
             before = progress.last_id
             lost = yield from _read(outcome, progress)
-            if lost is None and progress.complete:
+            if outcome.status == httpx.codes.NO_CONTENT or (lost is None and progress.complete and not tree):
                 return
             # The time allowed is for finding the gateway again, so it starts anew whenever it was found.
             deadline = Deadline(patience.total_seconds)
             if progress.last_id != before:
                 tries = 1
             if lost is None:
-                # A proper end with work still going on: the gateway is restarting, or has had enough of this stream.
+                # A proper end, but perhaps only because the gateway is restarting.
                 yield Pause(patience.pause(tries))
                 continue
             outcome = lost
@@ -123,27 +126,17 @@ class _Progress:
 
     def __init__(self, after: int | None) -> None:
         self.last_id = None if after is None else str(after)
-        self._resumed = after is not None
-        self._unfinished: set[UUID] = set()
-        self._seen = False
+        self.complete = False
+        """Whether the last change was to a state that no task leaves."""
 
     @property
     def headers(self) -> dict[str, str]:
         return {} if self.last_id is None else {"Last-Event-ID": self.last_id}
 
-    @property
-    def complete(self) -> bool:
-        """Whether nothing that the stream has told of is unfinished."""
-        return (self._seen or self._resumed) and not self._unfinished
-
     def note(self, event_id: str, change: StateChange) -> None:
-        self._seen = True
         if event_id:
             self.last_id = event_id
-        if change.state.terminal:
-            self._unfinished.discard(change.task_id)
-        else:
-            self._unfinished.add(change.task_id)
+        self.complete = change.state.terminal
 
 
 def _read(stream: Opened, progress: _Progress) -> Operation[Lost | None]:
