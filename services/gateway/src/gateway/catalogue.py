@@ -145,7 +145,9 @@ def _types_of(manifest: Manifest) -> Iterator[KnownType]:
 def _assemble(services: Mapping[str, Sequence[KnownType]], version: Mapping[str, datetime]) -> Snapshot:
     commands: dict[str, KnownType] = {}
     listeners: list[KnownType] = []
-    for known in sorted((known for types in services.values() for known in types), key=lambda known: known.announced_at):
+    for known in sorted(
+        (known for types in services.values() for known in types), key=lambda known: known.announced_at
+    ):
         if known.manifest.kind is TaskKind.EVENT:
             listeners.append(known)
             continue

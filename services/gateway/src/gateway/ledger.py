@@ -6,7 +6,6 @@ JSON parameter and are unfolded there, so one task and five hundred are the same
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -144,7 +143,7 @@ class Position:
 def trace_id_of(traceparent: str | None) -> str | None:
     """The trace id inside a W3C traceparent."""
     parts = (traceparent or "").split("-")
-    return parts[1] if len(parts) >= 4 and len(parts[1]) == 32 else None  # noqa: PLR2004 - W3C: 4 fields, 32 digits
+    return parts[1] if len(parts) >= 4 and len(parts[1]) == 32 else None
 
 
 _SUBMIT = text(
@@ -261,10 +260,12 @@ async def read_timeline(
     return (await connection.execute(statement)).all()
 
 
-async def count_unfinished(connection: AsyncConnection, root_id: UUID) -> int:
-    """How many tasks of a tree, as far as the ledger knows it, are on their way."""
+async def count_unfinished(connection: AsyncConnection, root_id: UUID, *, task_id: UUID | None = None) -> int:
+    """How many tasks of a tree, as far as the ledger knows it, are on their way; or whether the one is."""
     terminal = [state.value for state in TERMINAL]
     statement = select(func.count()).where(tasks.c.root_id == root_id, tasks.c.state.not_in(terminal))
+    if task_id is not None:
+        statement = statement.where(tasks.c.id == task_id)
     return (await connection.execute(statement)).scalar_one()
 
 
@@ -339,11 +340,8 @@ class _Progress:
         self.attempt = max(self.attempt, event.attempt if event.state in STARTED else 0)
         before = self.change or {}
         failure = event.failure.model_dump() if event.failure else None
-        starts = [
-            at
-            for at in (before.get("started_at"), event.started_at, event.at if event.state is TaskState.RUNNING else None)
-            if at is not None
-        ]
+        started_here = event.at if event.state is TaskState.RUNNING else None
+        starts = [at for at in (before.get("started_at"), event.started_at, started_here) if at is not None]
         self.state, self.sequence = event.state, event.sequence
         self.change = {
             "id": self.id,
@@ -474,7 +472,7 @@ async def mark_expired(connection: AsyncConnection, task_ids: Iterable[UUID], *,
     return await advance(connection, [_step(row, TaskState.EXPIRED, at) for row in rows])
 
 
-def _step(row: Row[Any], state: TaskState, at: datetime) -> LifecycleEvent:
+def _step(row: Row[*tuple[Any, ...]], state: TaskState, at: datetime) -> LifecycleEvent:
     return LifecycleEvent(
         task_id=row.id,
         type=row.type,

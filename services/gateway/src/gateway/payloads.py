@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, Final
 
-import referencing
 from jsonschema import Draft202012Validator, FormatChecker
 from jsonschema.exceptions import SchemaError, ValidationError
 from jsonschema.validators import extend
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
 
 from gateway.problems import MAX_ERRORS, FieldError, pointer
 
@@ -41,17 +43,16 @@ class PayloadValidator:
             _Validator.check_schema(schema)
         except SchemaError as error:
             raise UnusableSchema(f"not a JSON Schema: {'/'.join(map(str, error.absolute_path))}") from error
+        resolver = Registry().with_resource("", DRAFT202012.create_resource(dict(schema))).resolver()
         for reference in _references(schema):
             if not reference.startswith("#"):
                 # Resolving it would mean a network call with an address of the announcer's choice.
                 raise UnusableSchema("refers to a schema outside itself")
             try:
-                referencing.Registry().with_resource(
-                    "", referencing.jsonschema.DRAFT202012.create_resource(dict(schema))
-                ).resolver().lookup(reference)
-            except referencing.exceptions.Unresolvable as error:
+                resolver.lookup(reference)
+            except Unresolvable as error:
                 raise UnusableSchema("refers to a definition that it does not have") from error
-        self._validator = _Validator(schema, registry=referencing.Registry(), format_checker=_FORMATS)
+        self._validator = _Validator(schema, registry=Registry(), format_checker=_FORMATS)
 
     def errors(self, payload: Mapping[str, Any], *, at: tuple[str | int, ...] = ("payload",)) -> list[FieldError]:
         """What is wrong with the payload, at most 20 faults; `at` is where the payload is in the request."""

@@ -143,7 +143,7 @@ class ProblemDocument(BaseModel):
     nearest: list[str] | None = None
 
 
-class Problem(Exception):  # noqa: N818 - RFC 9457's word for it
+class Problem(Exception):
     """Ends a request with a problem document.
 
     Args:

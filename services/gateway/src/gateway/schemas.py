@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Self
 from uuid import UUID
@@ -141,11 +141,8 @@ class TypeList(BaseModel):
     items: list[TypeView]
 
 
-def encode_cursor(rows: Sequence[Row[Any]], limit: int) -> str | None:
-    """The cursor after a full page; None when the page was not full, so nothing follows."""
-    if len(rows) < limit:
-        return None
-    last = rows[-1]
+def encode_cursor(last: Row[Any]) -> str:
+    """The cursor that leads to what follows the last task of a page."""
     text = json.dumps([last.created_at.astimezone(UTC).isoformat(), str(last.id)], separators=(",", ":"))
     return base64.urlsafe_b64encode(text.encode()).rstrip(b"=").decode()
 
@@ -158,7 +155,7 @@ def decode_cursor(cursor: str) -> Position:
     """
     padded = cursor + "=" * (-len(cursor) % 4)
     content = json.loads(base64.urlsafe_b64decode(padded))
-    if not isinstance(content, list) or len(content) != 2:  # noqa: PLR2004 - time and id
+    if not isinstance(content, list) or len(content) != 2:
         raise ValueError("not a cursor")
     created_at = datetime.fromisoformat(content[0])
     if created_at.tzinfo is None:

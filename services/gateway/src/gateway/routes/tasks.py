@@ -1,0 +1,358 @@
+"""Tasks over HTTP: here work is accepted. 202 means committed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final
+from uuid import UUID
+
+import pydantic_core
+from fastapi import APIRouter, Header, Path, Query, Response
+from opentelemetry import trace
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import Row
+from starlette.responses import StreamingResponse
+
+from gateway import idempotency, ledger, waiting
+from gateway.auth import Client, TaskReader, TaskWriter
+from gateway.bodies import MAX_TASK_BYTES, JsonRoute
+from gateway.catalogue import KnownType, Snapshot
+from gateway.dependencies import Gateway, GatewayParts
+from gateway.ledger import Filter, NewTask
+from gateway.problems import KINDS, FieldError, Problem, declare, pointer
+from gateway.schemas import (
+    BatchSubmission,
+    TaskBatch,
+    TaskPage,
+    TaskSubmission,
+    TaskView,
+    Utc,
+    decode_cursor,
+    encode_cursor,
+)
+from gateway.transactions import transaction
+from taskmesh import telemetry
+from taskmesh.contracts.lifecycle import TaskState
+from taskmesh.errors import DatabaseUnavailable
+
+logger = logging.getLogger(__name__)
+
+router = APIRouter(prefix="/v1/tasks", tags=["tasks"], route_class=JsonRoute)
+
+MAX_WAIT_SECONDS: Final = 60
+MANY: Final = 20
+"""More payloads than these are validated off the event loop, which has other callers to serve."""
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=idempotency.MAX_LENGTH,
+        description="Names this request: repeated under the same key it is accepted once and answered alike. "
+        "Kept for at least 24 hours, and known to your API key alone.",
+    ),
+]
+Prefer = Annotated[
+    str | None,
+    Header(description=f"`wait=N` holds the answer for up to N (at most {MAX_WAIT_SECONDS}) seconds (RFC 7240)."),
+]
+TaskId = Annotated[UUID, Path(description="The task's id.")]
+
+
+class TaskQuery(BaseModel):
+    """Filters of a list of tasks, and which page of it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Annotated[str, Field(max_length=200)] | None = None
+    state: TaskState | None = None
+    tag: Annotated[str, Field(max_length=64, pattern=r"^[^\x00]*$")] | None = None
+    root_id: UUID | None = None
+    """The task that a caller asked for, and everything that followed from it."""
+    parent_id: UUID | None = None
+    schedule_id: UUID | None = None
+    created_after: Utc | None = None
+    created_before: Utc | None = None
+    limit: Annotated[int, Field(ge=1, le=200)] = 50
+    cursor: Annotated[str, Field(max_length=500)] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Accepted:
+    """An answer to a submission: the body, byte for byte, and whether it was given before."""
+
+    body: bytes
+    replayed: bool
+
+
+@router.post(
+    "",
+    status_code=202,
+    response_model=TaskView,
+    responses={
+        200: {"model": TaskView, "description": "Finished in time (`Prefer: wait`)"},
+        **declare(
+            "unknown_type",
+            "contract_violation",
+            "invalid_request",
+            "idempotency_conflict",
+            "payload_too_large",
+            "unsupported_media_type",
+        ),
+    },
+)
+async def submit_task(
+    submission: TaskSubmission,
+    client: TaskWriter,
+    gateway: GatewayParts,
+    idempotency_key: IdempotencyKey = None,
+    prefer: Prefer = None,
+) -> Response:
+    """Accept a task. 202 means that it is committed: it will reach exactly one terminal state, whatever crashes."""
+    known, snapshot = await gateway.catalogue.find_command(submission.type)
+    if known is None:
+        raise _unknown_type(submission.type, snapshot)
+    errors = known.validator.errors(submission.payload)
+    if errors:
+        raise Problem("contract_violation", f"the payload does not fit {known.type}", errors=errors)
+    task = _new_task(submission, known, client)
+    accepted = await _accept(
+        gateway,
+        client,
+        [task],
+        key=idempotency_key,
+        request=submission,
+        body=TaskView.of(task.row()).model_dump_json().encode(),
+    )
+    return await _answer_submission(gateway, accepted, prefer)
+
+
+@router.post(
+    ":batchCreate",
+    status_code=202,
+    response_model=TaskBatch,
+    responses=declare(
+        "unknown_type",
+        "contract_violation",
+        "invalid_request",
+        "idempotency_conflict",
+        "payload_too_large",
+        "unsupported_media_type",
+    ),
+)
+async def submit_batch(
+    batch: BatchSubmission, client: TaskWriter, gateway: GatewayParts, idempotency_key: IdempotencyKey = None
+) -> Response:
+    """Accept up to 500 tasks together, or none of them."""
+    snapshot = await gateway.catalogue.current()
+    if any(submission.type not in snapshot.commands for submission in batch.tasks):
+        snapshot = await gateway.catalogue.current(max_age_seconds=0)
+    if len(batch.tasks) > MANY:
+        await asyncio.to_thread(_check_batch, batch.tasks, snapshot)
+    else:
+        _check_batch(batch.tasks, snapshot)
+    new = [_new_task(submission, snapshot.commands[submission.type], client) for submission in batch.tasks]
+    body = TaskBatch(items=[TaskView.of(task.row()) for task in new]).model_dump_json().encode()
+    accepted = await _accept(gateway, client, new, key=idempotency_key, request=batch, body=body)
+    return Response(accepted.body, 202, headers=_replayed(accepted), media_type="application/json")
+
+
+@router.get("", responses=declare("invalid_request"))
+async def list_tasks(query: Annotated[TaskQuery, Query()], _: TaskReader, gateway: GatewayParts) -> TaskPage:
+    """List tasks, newest first. `next_cursor` leads to the next page, with the same filters."""
+    after = None
+    if query.cursor is not None:
+        try:
+            after = decode_cursor(query.cursor)
+        except ValueError as error:
+            fault = FieldError(pointer="/query:cursor", detail="is not a cursor of this gateway")
+            raise Problem("invalid_request", "the cursor cannot be read", errors=[fault]) from error
+    wanted = Filter(**query.model_dump(exclude={"limit", "cursor"}))
+    async with transaction(gateway.engine) as connection:
+        # One more than asked for tells whether there is a next page.
+        rows = await ledger.list_tasks(connection, wanted, after=after, limit=query.limit + 1)
+    shown = rows[: query.limit]
+    cursor = encode_cursor(shown[-1]) if len(rows) > query.limit else None
+    return TaskPage(items=[TaskView.of(row) for row in shown], next_cursor=cursor)
+
+
+@router.get("/{task_id}", response_model=TaskView, responses=declare("not_found", "invalid_request"))
+async def get_task(task_id: TaskId, _: TaskReader, gateway: GatewayParts, prefer: Prefer = None) -> Response:
+    """Show a task; with `Prefer: wait=N` once it is finished, or as it is after N seconds."""
+    async with transaction(gateway.engine) as connection:
+        row = await ledger.get_task(connection, task_id)
+    headers = {}
+    seconds = _wait_seconds(prefer)
+    if seconds:
+        headers["Preference-Applied"] = f"wait={seconds}"
+        if not TaskState(row.state).terminal:
+            row = await waiting.wait_until_finished(
+                gateway.engine, gateway.doorbell, row.id, row.root_id, seconds=seconds
+            )
+    return Response(TaskView.of(row).model_dump_json(), headers=headers, media_type="application/json")
+
+
+@router.get(
+    "/{task_id}/events",
+    response_class=StreamingResponse,
+    responses={
+        200: {
+            "description": "Server-Sent Events: `id` is the event's number, `event` is `state`, `data` is a TaskEvent",
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        },
+        204: {"description": "Everything has happened, and you have seen it: do not reconnect"},
+        **declare("not_found", "invalid_request"),
+    },
+)
+async def follow_task(
+    task_id: TaskId,
+    _: TaskReader,
+    gateway: GatewayParts,
+    last_event_id: Annotated[str | None, Header(max_length=20, pattern=r"^\d{0,18}$")] = None,
+    tree: Annotated[bool, Query(description="Follow everything that followed from the task's root.")] = False,  # noqa: FBT002 - a query parameter
+) -> Response:
+    """Stream what happens to a task until it is finished, from the beginning or from after `Last-Event-ID`."""
+    async with transaction(gateway.engine) as connection:
+        row = await ledger.get_task(connection, task_id)
+    follower = waiting.Follower(
+        engine=gateway.engine,
+        doorbell=gateway.doorbell,
+        root_id=row.root_id,
+        task_id=None if tree else row.id,
+        after=int(last_event_id or 0),
+    )
+    if last_event_id and await follower.is_over():
+        return Response(status_code=204)
+    return StreamingResponse(
+        _server_sent(follower),
+        media_type="text/event-stream",
+        # nginx and its kin would hold small pieces back.
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+    )
+
+
+class TaskEvent(BaseModel):
+    """One step in a task's timeline."""
+
+    seq: int
+    task_id: UUID
+    state: TaskState
+    attempt: int
+    at: Utc
+    detail: dict[str, Any] | None
+
+
+async def _server_sent(follower: waiting.Follower) -> AsyncIterator[str]:
+    yield "retry: 1000\n\n"
+    async for row in follower.follow():
+        yield ": still here\n\n" if row is None else _sse(row)
+
+
+def _sse(row: Row[Any]) -> str:
+    event = TaskEvent(
+        seq=row.seq, task_id=row.task_id, state=row.state, attempt=row.attempt, at=row.at, detail=row.detail
+    )
+    return f"id: {row.seq}\nevent: state\ndata: {event.model_dump_json()}\n\n"
+
+
+def _unknown_type(type_name: str, snapshot: Snapshot, errors: Sequence[FieldError] = ()) -> Problem:
+    if snapshot.find(type_name) is not None:
+        return Problem("unknown_type", "this type is an event; only commands can be submitted", errors=errors)
+    return Problem(
+        "unknown_type",
+        "no worker has announced this type",
+        errors=errors or [FieldError(pointer="/type", detail="is not a known task type")],
+        nearest=snapshot.nearest(type_name),
+    )
+
+
+def _check_batch(submissions: Sequence[TaskSubmission], snapshot: Snapshot) -> None:
+    errors: list[FieldError] = []
+    for index, submission in enumerate(submissions):
+        known = snapshot.commands.get(submission.type)
+        if known is None:
+            fault = FieldError(pointer=pointer(["tasks", index, "type"]), detail="is not a known task type")
+            raise _unknown_type(submission.type, snapshot, [fault])
+        if len(pydantic_core.to_json(submission.payload)) > MAX_TASK_BYTES:
+            fault = FieldError(pointer=pointer(["tasks", index, "payload"]), detail="has more than 128 KiB")
+            raise Problem("payload_too_large", KINDS["payload_too_large"].advice, errors=[fault])
+        errors += known.validator.errors(submission.payload, at=("tasks", index, "payload"))
+    if errors:
+        raise Problem("contract_violation", "payloads do not fit their types; no task was accepted", errors=errors)
+
+
+def _new_task(submission: TaskSubmission, known: KnownType, client: Client) -> NewTask:
+    now = datetime.now(UTC)
+    return NewTask(
+        type=known.type,
+        service=known.service,
+        version=known.manifest.version,
+        payload=submission.payload,
+        created_at=now,
+        due_at=submission.due_at(now),
+        expires_at=submission.expires_at,
+        priority=submission.priority,
+        tags=submission.tags,
+        api_key_id=client.id,
+        traceparent=telemetry.current_traceparent(),
+    )
+
+
+async def _accept(
+    gateway: Gateway,
+    client: Client,
+    new: Sequence[NewTask],
+    *,
+    key: str | None,
+    request: BaseModel,
+    body: bytes,
+) -> _Accepted:
+    """Commit tasks, or find the answer that the same request got before."""
+    async with transaction(gateway.engine) as connection:
+        if key is not None:
+            fingerprint = idempotency.fingerprint(
+                type(request).__name__, request.model_dump(mode="json", exclude_unset=True)
+            )
+            first = await idempotency.claim(connection, client.id, key, request_sha256=fingerprint, response=body)
+            if first is not None:
+                return _Accepted(body=first, replayed=True)
+        await ledger.submit(connection, new)
+    if len(new) == 1:
+        span = trace.get_current_span()
+        span.set_attribute("taskmesh.task.id", str(new[0].id))
+        span.set_attribute("taskmesh.task.type", new[0].type)
+    for task in new:
+        logger.info("task accepted", extra={"task_id": str(task.id), "type": task.type, "state": task.state})
+    return _Accepted(body=body, replayed=False)
+
+
+async def _answer_submission(gateway: Gateway, accepted: _Accepted, prefer: str | None) -> Response:
+    task_id = UUID(pydantic_core.from_json(accepted.body)["id"])
+    headers = {"Location": f"/v1/tasks/{task_id}", **_replayed(accepted)}
+    seconds = _wait_seconds(prefer)
+    if seconds:
+        headers["Preference-Applied"] = f"wait={seconds}"
+        try:
+            row = await waiting.wait_until_finished(gateway.engine, gateway.doorbell, task_id, task_id, seconds=seconds)
+        except DatabaseUnavailable:
+            # The task is committed. A 503 now would be a lie that has the caller submit it again.
+            logger.warning("wait given up", extra={"task_id": str(task_id)})
+        else:
+            if TaskState(row.state).terminal:
+                return Response(TaskView.of(row).model_dump_json(), 200, headers=headers, media_type="application/json")
+    return Response(accepted.body, 202, headers=headers, media_type="application/json")
+
+
+def _replayed(accepted: _Accepted) -> dict[str, str]:
+    return {"Idempotent-Replayed": "true"} if accepted.replayed else {}
+
+
+def _wait_seconds(prefer: str | None) -> int:
+    """The seconds of a `wait` preference, at most 60; 0 without one. Preferences that cannot be read are ignored."""
+    found = re.search(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})", prefer or "", re.IGNORECASE)
+    return min(int(found[1]), MAX_WAIT_SECONDS) if found else 0
