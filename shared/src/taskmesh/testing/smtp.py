@@ -124,7 +124,8 @@ class SmtpSink:
         from aiosmtpd.smtp import AuthResult
 
         expected = tuple(part.encode() for part in self._credentials or ())
-        return AuthResult(success=(data.login, data.password) == expected)
+        # Not handled: aiosmtpd is to send the 235 or 535.
+        return AuthResult(success=(data.login, data.password) == expected, handled=False)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
