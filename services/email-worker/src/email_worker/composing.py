@@ -12,9 +12,18 @@ from email_worker.addresses import header_text, is_header_safe, parse_address
 from email_worker.messages import NewMessage
 from email_worker.rendering import InvoiceFacts, render_invoice
 from taskmesh.contracts.billing import DocumentReady
-from taskmesh.contracts.email import Attachment, SendMessage
+from taskmesh.contracts.email import SendMessage
 from taskmesh.errors import NotFound, PermanentError
 from taskmesh.objects import ObjectStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileReference:
+    """A file in the object store that is to be attached."""
+
+    sha256: str
+    filename: str
+    media_type: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +35,7 @@ class Mail:
     subject: str
     text: str
     html: str | None
-    attachments: tuple[Attachment, ...]
+    attachments: tuple[FileReference, ...]
     language: str | None = None
 
 
@@ -57,7 +66,7 @@ def invoice_mail(event: DocumentReady, *, sender_name: str) -> Mail:
         subject=rendered.subject,
         text=rendered.text,
         html=rendered.html,
-        attachments=(Attachment(sha256=event.sha256, filename=filename, media_type=event.media_type),),
+        attachments=(FileReference(sha256=event.sha256, filename=filename, media_type=event.media_type),),
         language=rendered.language,
     )
 
@@ -67,16 +76,19 @@ def message_mail(command: SendMessage) -> Mail:
 
     Raises:
         BadAddress: The recipient cannot be mailed.
-        UnsafeHeader: The recipient's name would not stay in its header.
+        UnsafeHeader: The recipient's name or the subject would not stay in its header.
     """
-    name = header_text(command.to.name or "", field="the recipient's name")
+    name = _one_line(header_text(command.to.name or "", field="the recipient's name"))
     return Mail(
         template="message",
         recipient=Address(display_name=name, addr_spec=parse_address(command.to.address)),
-        subject=command.subject,
+        subject=_one_line(header_text(command.subject, field="subject")),
         text=command.text,
         html=command.html or None,
-        attachments=command.attachments,
+        attachments=tuple(
+            FileReference(sha256=file.sha256, filename=file.filename, media_type=file.media_type)
+            for file in command.attachments
+        ),
     )
 
 
@@ -115,7 +127,7 @@ class Composer:
             mime=mime.build(heading, text=mail.text, html=mail.html, files=files),
         )
 
-    def _fetch(self, attachment: Attachment) -> mime.File:
+    def _fetch(self, attachment: FileReference) -> mime.File:
         try:
             content = self.objects.get(attachment.sha256)
         except NotFound as error:
@@ -124,4 +136,5 @@ class Composer:
 
 
 def _one_line(text: str) -> str:
+    """The text with single spaces: header parsers do not agree on more, nor on those at the ends."""
     return " ".join(text.split())

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from email import policy
+from email.header import Header, decode_header, make_header
 from email.headerregistry import Address
 from email.message import EmailMessage, MIMEPart
 from email.parser import BytesParser
-from email.utils import format_datetime
+from email.utils import format_datetime, getaddresses, quote
 from typing import ClassVar, cast
 from uuid import UUID
 
@@ -89,28 +90,49 @@ def build(heading: Heading, *, text: str, html: str | None, files: Sequence[File
     """The mail as it goes over the wire: CRLF, 7 bit.
 
     Raises:
-        UnsafeHeader: Some header text would not come out as it went in.
+        UnsafeHeader: Some header text is not fit for a header, or would not come out as it went in.
         MailTooBig: The HTML part, a file, or the whole mail is too large.
         MediaTypeRefused: A file is of a type that is not mailed.
     """
     _check_sizes(html, files)
-    mail = EmailMessage(policy=WIRE)
-    mail["From"] = heading.sender
-    mail["To"] = heading.recipient
-    mail["Subject"] = header_text(heading.subject, field="subject")
-    mail["Date"] = format_datetime(heading.created_at.replace(microsecond=0))
-    mail["Message-ID"] = heading.header_id
-    mail["MIME-Version"] = "1.0"
-    # Tells out-of-office programs to keep quiet (RFC 3834).
-    mail["Auto-Submitted"] = "auto-generated"
-    if heading.language:
-        mail["Content-Language"] = heading.language
-    _fill(mail, heading.message_id, text, html, files)
-    wire = mail.as_bytes()
+    fields = _fields(heading)
+    body = _part()
+    _fill(body, heading.message_id, text, html, files)
+    # Written by hand: the library's header classes decode what they are given, and fold names in two.
+    wire = "".join(f"{name}: {value}\r\n" for name, value in fields.items()).encode("ascii") + body.as_bytes()
     if len(wire) > MAIL_MAX_BYTES:
         raise MailTooBig(f"mail of {len(wire)} bytes is larger than the limit of {MAIL_MAX_BYTES}")
-    _verify(wire, mail, heading)
+    _verify(wire, [*fields, *body.keys()], heading)
     return wire
+
+
+def _fields(heading: Heading) -> dict[str, str]:
+    fields = {
+        "From": _mailbox(heading.sender),
+        "To": _mailbox(heading.recipient),
+        "Subject": _unstructured(header_text(heading.subject, field="subject")),
+        "Date": format_datetime(heading.created_at.replace(microsecond=0)),
+        "Message-ID": heading.header_id,
+        # Tells out-of-office programs to keep quiet (RFC 3834).
+        "Auto-Submitted": "auto-generated",
+        "MIME-Version": "1.0",
+    }
+    if heading.language:
+        fields["Content-Language"] = heading.language
+    return fields
+
+
+def _unstructured(text: str) -> str:
+    """Header text: as it is in ASCII, else as encoded words, each of them whole characters (RFC 2047)."""
+    return text if text.isascii() else Header(text, "utf-8", header_name="Subject").encode(linesep="\r\n")
+
+
+def _mailbox(address: Address) -> str:
+    name = header_text(address.display_name, field="a display name")
+    if not name:
+        return address.addr_spec
+    phrase = f'"{quote(name)}"' if name.isascii() else _unstructured(name)
+    return f"{phrase} <{address.addr_spec}>"
 
 
 def safe_filename(name: str) -> str:
@@ -195,23 +217,28 @@ def _boundary(message_id: UUID, name: str) -> str:
     return f"=_{message_id.hex}_{name}"
 
 
-def _verify(wire: bytes, mail: EmailMessage, heading: Heading) -> None:
+def _verify(wire: bytes, names: list[str], heading: Heading) -> None:
     """Read the mail back as a receiver does, and compare: the last guard against header injection.
 
     Raises:
         UnsafeHeader: A header appeared, vanished or changed on the way.
     """
-    seen = BytesParser(policy=policy.default).parsebytes(wire, headersonly=True)
+    seen = BytesParser(policy=policy.compat32).parsebytes(wire, headersonly=True)
     same = (
-        seen.keys() == mail.keys()
-        and str(seen["Subject"]) == heading.subject
-        and _mailboxes(seen["From"].addresses) == _mailboxes([heading.sender])
-        and _mailboxes(seen["To"].addresses) == _mailboxes([heading.recipient])
-        and str(seen["Message-ID"]).strip() == heading.header_id
+        seen.keys() == names
+        and _decoded(seen["Subject"]) == heading.subject
+        and _mailboxes(seen["From"]) == [(heading.sender.display_name, heading.sender.addr_spec)]
+        and _mailboxes(seen["To"]) == [(heading.recipient.display_name, heading.recipient.addr_spec)]
+        and seen["Message-ID"] == heading.header_id
     )
     if not same:
         raise UnsafeHeader("the mail's header does not read back as it was written")
 
 
-def _mailboxes(addresses: Sequence[Address]) -> list[tuple[str, str]]:
-    return [(address.display_name, address.addr_spec) for address in addresses]
+def _mailboxes(field: str) -> list[tuple[str, str]]:
+    # Split first, decode then: a decoded name may hold commas. The newer parser puts a space between encoded words.
+    return [(_decoded(name), address) for name, address in getaddresses([field])]
+
+
+def _decoded(text: str) -> str:
+    return str(make_header(decode_header(text)))

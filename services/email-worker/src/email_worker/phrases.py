@@ -28,6 +28,7 @@ class Phrases:
     attachment: str
     closing: str
     automatic: str
+    pair: str = "{label}: {value}"
 
 
 ENGLISH = Phrases(
@@ -73,6 +74,7 @@ FRENCH = Phrases(
     attachment="Pièce jointe",
     closing="Cordialement",
     automatic="Ce message a été envoyé automatiquement.",
+    pair="{label}\N{NO-BREAK SPACE}: {value}",
 )
 
 GREEK = Phrases(
@@ -103,6 +105,7 @@ JAPANESE = Phrases(
     attachment="添付ファイル",
     closing="よろしくお願いいたします。",
     automatic="このメールは自動送信されています。",
+    pair="{label}：{value}",
 )
 
 ARABIC = Phrases(

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, SecretStr, StringConstraints
 
-from email_worker.addresses import parse_address
+from email_worker.addresses import is_header_safe, parse_address
 from email_worker.mailer import SmtpServer
 from taskmesh.settings import WorkerSettings
 
@@ -21,6 +21,8 @@ def _smtp(value: SecretStr) -> SecretStr:
 
 def _mailbox(value: str) -> str:
     parse_address(parseaddr(value)[1])
+    if not is_header_safe(value):
+        raise ValueError("holds characters that do not belong into a header")
     return value
 
 
