@@ -41,9 +41,9 @@ async def test_a_name_is_given_once(connection: AsyncConnection) -> None:
     await schedules.create(connection, HOURLY, now=NOON)
     other = await schedules.create(connection, replace(HOURLY, name="other"), now=NOON)
 
-    with pytest.raises(ConflictError, match="hourly"):
+    with pytest.raises(ConflictError, match="this name"):
         await schedules.create(connection, HOURLY, now=NOON)
-    with pytest.raises(ConflictError, match="hourly"):
+    with pytest.raises(ConflictError, match="this name"):
         await schedules.change(connection, other, HOURLY, now=NOON)
 
 

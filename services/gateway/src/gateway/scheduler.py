@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import assert_never
 from uuid import UUID, uuid5
 
+import psycopg
 from opentelemetry.context import Context
 from sqlalchemy import func, or_, select, text, update
 from sqlalchemy.dialects.postgresql import insert
@@ -22,8 +23,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from gateway import ledger, models, schedules
 from gateway.ledger import NewTask
 from gateway.schedules import Fire, Misfire, Outcome, Overlap, Reason, Schedule
+from gateway.settings import SchedulerSettings
 from gateway.timetable import Timetable
-from gateway.transactions import transaction
+from gateway.transactions import CONNECT_SECONDS, open_engine, transaction
 from taskmesh import telemetry
 from taskmesh.contracts.lifecycle import TERMINAL
 from taskmesh.database import is_unavailable
@@ -60,6 +62,9 @@ _FIND_TYPE = text(
     limit 1
     """
 )
+
+LISTEN_AGAIN_SECONDS = 2.0
+"""How long to wait before listening again after the connection was lost."""
 
 PRUNE_EVERY = timedelta(minutes=10)
 PRUNE_LIMIT = 10_000
@@ -158,6 +163,41 @@ async def find_next_fire(connection: AsyncConnection) -> datetime | None:
     )
     found: datetime | None = (await connection.execute(statement)).scalar_one()
     return found
+
+
+async def run(settings: SchedulerSettings, stop: asyncio.Event) -> None:
+    """Fire schedules until `stop` is set."""
+    engine = open_engine(settings.database_url, pool_size=1, wait_seconds=5, role="scheduler")
+    wake = asyncio.Event()
+    listening = asyncio.create_task(_listen(settings.database_url.get_secret_value(), wake))
+    health = Health(settings.health_dir, "gateway-scheduler")
+    try:
+        await Scheduler(engine, health, wake=wake, poll_seconds=settings.scheduler_poll_seconds).run(stop)
+    finally:
+        listening.cancel()
+        await asyncio.gather(listening, return_exceptions=True)
+        await engine.dispose()
+
+
+async def _listen(database_url: str, wake: asyncio.Event) -> None:
+    """Set `wake` whenever a schedule has changed; while this cannot listen, the poll finds changes."""
+    while True:
+        try:
+            connection = await psycopg.AsyncConnection.connect(
+                database_url,
+                autocommit=True,
+                connect_timeout=CONNECT_SECONDS,
+                application_name="gateway-scheduler-listen",
+            )
+            async with connection:
+                await connection.execute(f"listen {models.SCHEDULES_CHANNEL}")
+                # What changed while nobody listened.
+                wake.set()
+                async for _ in connection.notifies():
+                    wake.set()
+        except (psycopg.Error, OSError) as error:
+            logger.debug("listening interrupted", extra={"exception": type(error).__qualname__})
+        await asyncio.sleep(LISTEN_AGAIN_SECONDS)
 
 
 class Scheduler:
@@ -330,7 +370,7 @@ async def _is_going(connection: AsyncConnection, last_task_id: UUID | None) -> b
 
 async def _put_off(connection: AsyncConnection, schedule_id: UUID, error: Exception, now: datetime) -> None:
     # The text of an unforeseen exception may quote a payload; the log has its traceback.
-    logger.error("schedule not fired", exc_info=error, extra={"taskmesh.schedule.id": str(schedule_id)})
+    logger.error("schedule not fired", exc_info=error, extra={"schedule_id": str(schedule_id)})
     await connection.execute(
         update(models.schedules)
         .where(models.schedules.c.id == schedule_id)
@@ -381,9 +421,9 @@ def _report(fires: list[Fire]) -> None:
         logger.info(
             "schedule fired" if fire.outcome is Outcome.SUBMITTED else "schedule fire skipped",
             extra={
-                "taskmesh.schedule.id": str(fire.schedule_id),
-                "taskmesh.schedule.fire_at": fire.fire_at.isoformat(),
-                "taskmesh.task.id": str(fire.task_id) if fire.task_id else None,
+                "schedule_id": str(fire.schedule_id),
+                "fire_at": fire.fire_at.isoformat(),
+                "task_id": str(fire.task_id) if fire.task_id else None,
                 "reason": fire.reason,
             },
         )

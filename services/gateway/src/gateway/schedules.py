@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
-from uuid import UUID, uuid4, uuid5
+from uuid import UUID, uuid5
 
 from sqlalchemy import Row, delete, func, select, text, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
@@ -20,6 +21,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway import models
+from gateway.identifiers import uuid7
 from gateway.timetable import InvalidTimetable, Timetable
 from taskmesh.contracts.manifest import Manifest, ScheduleManifest
 from taskmesh.errors import ConflictError, NotFound
@@ -133,7 +135,11 @@ class Schedule(Definition):
         """Return the next fires; none while paused, or when no fire is left."""
         if self.next_fire_at is None:
             return []
-        return [self.next_fire_at, *self.fire_times().preview(self.next_fire_at, count - 1)]
+        try:
+            return [self.next_fire_at, *self.fire_times().preview(self.next_fire_at, count - 1)]
+        except InvalidTimetable:
+            # Stored under other time zone data; `last_error` tells.
+            return [self.next_fire_at]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,34 +175,54 @@ def from_row(row: Row[Any]) -> Schedule:
     return Schedule(paused=values["paused_at"] is not None, **values)
 
 
+def draft(definition: Definition, *, now: datetime, api_key_id: UUID | None = None) -> Schedule:
+    """Return the schedule that `store` will store, so that the answer to its caller can be stored with it.
+
+    Raises:
+        InvalidTimetable: It contradicts itself or would never fire.
+    """
+    next_fire_at = definition.timetable(now).check_fires(now)
+    return Schedule(
+        id=uuid7(),
+        api_key_id=api_key_id,
+        created_at=now,
+        updated_at=now,
+        next_fire_at=None if definition.paused else next_fire_at,
+        paused_at=now if definition.paused else None,
+        **{field_.name: getattr(definition, field_.name) for field_ in fields(Definition)},
+    )
+
+
+async def store(connection: AsyncConnection, schedule: Schedule) -> None:
+    """Store a new schedule.
+
+    Raises:
+        ConflictError: The name is taken.
+    """
+    columns = models.schedules.c.keys()
+    statement = (
+        insert(models.schedules)
+        .values({name: getattr(schedule, name) for name in columns})
+        .on_conflict_do_nothing()
+        .returning(models.schedules.c.id)
+    )
+    if (await connection.execute(statement)).one_or_none() is None:
+        raise _name_taken()
+    await notify(connection)
+
+
 async def create(
     connection: AsyncConnection, definition: Definition, *, now: datetime, api_key_id: UUID | None = None
 ) -> Schedule:
-    """Store a new schedule.
+    """Draft and store a schedule.
 
     Raises:
         InvalidTimetable: It contradicts itself or would never fire.
         ConflictError: The name is taken.
     """
-    next_fire_at = definition.timetable(now).check_fires(now)
-    statement = (
-        insert(models.schedules)
-        .values(
-            id=uuid4(),
-            api_key_id=api_key_id,
-            created_at=now,
-            updated_at=now,
-            **_columns(definition),
-            **_state(next_fire_at, paused_at=now if definition.paused else None),
-        )
-        .on_conflict_do_nothing(index_elements=["name"])
-        .returning(models.schedules)
-    )
-    row = (await connection.execute(statement)).one_or_none()
-    if row is None:
-        raise _name_taken(definition.name)
-    await notify(connection)
-    return from_row(row)
+    schedule = draft(definition, now=now, api_key_id=api_key_id)
+    await store(connection, schedule)
+    return schedule
 
 
 async def get(connection: AsyncConnection, schedule_id: UUID, *, lock: bool = False) -> Schedule:
@@ -208,7 +234,7 @@ async def get(connection: AsyncConnection, schedule_id: UUID, *, lock: bool = Fa
     statement = select(models.schedules).where(models.schedules.c.id == schedule_id)
     row = (await connection.execute(statement.with_for_update() if lock else statement)).one_or_none()
     if row is None:
-        raise NotFound(f"there is no schedule {schedule_id}")
+        raise NotFound("there is no schedule with this id")
     return from_row(row)
 
 
@@ -272,7 +298,7 @@ async def change(connection: AsyncConnection, schedule: Schedule, definition: De
         ConflictError: The new name is taken, or the schedule belongs to a service.
     """
     if schedule.owner is not None:
-        raise ConflictError(f"schedule {schedule.id} belongs to service {schedule.owner}: change it in its code")
+        raise ConflictError(f"the schedule belongs to service {schedule.owner}: change it in its code")
     state: dict[str, Any] = {}
     if any(getattr(schedule, name) != getattr(definition, name) for name in _RHYTHM):
         next_fire_at = definition.timetable(schedule.created_at).check_fires(now)
@@ -283,7 +309,7 @@ async def change(connection: AsyncConnection, schedule: Schedule, definition: De
     try:
         return await _update(connection, schedule.id, updated_at=now, **_columns(definition), **state)
     except IntegrityError as error:
-        raise _name_taken(definition.name) from error
+        raise _name_taken() from error
 
 
 async def pause(connection: AsyncConnection, schedule_id: UUID, *, now: datetime) -> Schedule:
@@ -319,7 +345,7 @@ async def remove(connection: AsyncConnection, schedule_id: UUID) -> None:
     """
     schedule = await get(connection, schedule_id, lock=True)
     if schedule.owner is not None:
-        raise ConflictError(f"schedule {schedule_id} belongs to service {schedule.owner}: pause it, or change its code")
+        raise ConflictError(f"the schedule belongs to service {schedule.owner}: pause it, or change its code")
     await connection.execute(delete(models.schedules).where(models.schedules.c.id == schedule_id))
 
 
@@ -343,12 +369,12 @@ async def sync_announced(connection: AsyncConnection, manifest: Manifest) -> Non
         except InvalidTimetable as error:
             logger.error(  # noqa: TRY400 - the mistake is the service's; our traceback says nothing about it
                 "announced schedule refused",
-                extra={"taskmesh.schedule.name": definition.name, "field": error.field, "reason": str(error)},
+                extra={"schedule": definition.name, "field": error.field, "reason": str(error)},
             )
     if stored:
         gone = [schedule.id for schedule in stored.values()]
         await connection.execute(delete(table).where(table.c.id.in_(gone)))
-        logger.info("announced schedules removed", extra={"service": manifest.service, "count": len(gone)})
+        logger.info("announced schedules removed", extra={"announcer": manifest.service, "count": len(gone)})
 
 
 async def prune_fires(connection: AsyncConnection, *, now: datetime, limit: int) -> int:
@@ -368,30 +394,20 @@ async def _put_announced(
     connection: AsyncConnection, service: str, definition: Definition, known: Schedule | None, now: datetime
 ) -> None:
     if known is None:
-        next_fire_at = definition.timetable(now).check_fires(now)
         # Another projector may have stored it since we looked.
-        await connection.execute(
-            insert(models.schedules)
-            .values(
-                id=uuid5(ANNOUNCED, definition.name),
-                owner=service,
-                created_at=now,
-                updated_at=now,
-                **_columns(definition),
-                **_state(next_fire_at, paused_at=None),
-            )
-            .on_conflict_do_nothing()
-        )
-        await notify(connection)
+        with suppress(ConflictError):
+            identity = uuid5(ANNOUNCED, definition.name)
+            await store(connection, replace(draft(definition, now=now), id=identity, owner=service))
         return
-    changed = {name for name in _columns(definition) if getattr(known, name) != _columns(definition)[name]}
+    wanted = _columns(definition)
+    changed = {name for name in wanted if getattr(known, name) != wanted[name]}
     if not changed:
         return
     state: dict[str, Any] = {}
     if changed & set(_RHYTHM):
         next_fire_at = definition.timetable(known.created_at).check_fires(now)
         state = _state(next_fire_at, paused_at=known.paused_at)
-    await _update(connection, known.id, updated_at=now, **_columns(definition), **state)
+    await _update(connection, known.id, updated_at=now, **wanted, **state)
 
 
 async def _update(connection: AsyncConnection, schedule_id: UUID, **values: Any) -> Schedule:
@@ -438,5 +454,5 @@ def _resume(schedule: Schedule, now: datetime) -> dict[str, Any]:
     return _state(schedule.fire_times().next_after(now), paused_at=None)
 
 
-def _name_taken(name: str) -> ConflictError:
-    return ConflictError(f"there is a schedule named {name!r} already")
+def _name_taken() -> ConflictError:
+    return ConflictError("there is a schedule with this name already")

@@ -31,7 +31,7 @@ _LOOK_BACK = (timedelta(hours=1), timedelta(days=1), timedelta(days=32), timedel
 """Each step finds the last fire of a rarer timetable; nine years hold a 29 February even around a year like 2100."""
 
 
-class InvalidTimetable(ValueError):  # noqa: N818 - named like ContractViolation
+class InvalidTimetable(ValueError):
     """The timetable cannot be followed.
 
     Attributes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final
@@ -114,12 +114,7 @@ async def submit_task(
     prefer: Prefer = None,
 ) -> Response:
     """Accept a task. 202 means that it is committed: it will reach exactly one terminal state, whatever crashes."""
-    known, snapshot = await gateway.catalogue.find_command(submission.type)
-    if known is None:
-        raise _unknown_type(submission.type, snapshot)
-    errors = known.validator.errors(submission.payload)
-    if errors:
-        raise Problem("contract_violation", f"the payload does not fit {known.type}", errors=errors)
+    known = await check_payload(gateway, submission.type, submission.payload)
     task = _new_task(submission, known, client)
     accepted = await _accept(
         gateway,
@@ -258,6 +253,21 @@ def _sse(row: Row[Any]) -> str:
         seq=row.seq, task_id=row.task_id, state=row.state, attempt=row.attempt, at=row.at, detail=row.detail
     )
     return f"id: {row.seq}\nevent: state\ndata: {event.model_dump_json()}\n\n"
+
+
+async def check_payload(gateway: Gateway, type_name: str, payload: Mapping[str, Any]) -> KnownType:
+    """Hold a payload against the contract of its type, as its worker announces it.
+
+    Raises:
+        Problem: `unknown_type` or `contract_violation`.
+    """
+    known, snapshot = await gateway.catalogue.find_command(type_name)
+    if known is None:
+        raise _unknown_type(type_name, snapshot)
+    errors = known.validator.errors(payload)
+    if errors:
+        raise Problem("contract_violation", f"the payload does not fit {known.type}", errors=errors)
+    return known
 
 
 def _unknown_type(type_name: str, snapshot: Snapshot, errors: Sequence[FieldError] = ()) -> Problem:
