@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-import httpx
 import pika
 from pika.exceptions import AMQPError
 
 from taskmesh import topology
-from taskmesh.errors import NotFound
+from taskmesh.errors import NotFound, TaskmeshError
 from taskmesh.management import Management
 from taskmesh.parts import PartDidNotStart, PartMissing, packages, records
 from taskmesh.parts.accounts import Account, data_folder, unprivileged
@@ -374,12 +373,15 @@ def installed_server() -> Path | None:
 def is_answering(amqp_url: str, management_url: str) -> bool:
     """True if the broker takes a connection and its management API answers."""
     try:
+        # The management API first: it says nothing when it is not there, where pika logs each refusal as an error.
+        with Management(management_url, timeout_seconds=5) as management:
+            management.overview()
         parameters = pika.URLParameters(amqp_url)
         parameters.socket_timeout = parameters.stack_timeout = parameters.blocked_connection_timeout = 5
         pika.BlockingConnection(parameters).close()
-        return httpx.get(f"{management_url}/api/overview", timeout=5).status_code == httpx.codes.OK
-    except (AMQPError, OSError, httpx.HTTPError):
+    except (AMQPError, OSError, TaskmeshError):
         return False
+    return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -438,6 +440,11 @@ def in_vhost(amqp_url: str, vhost: str, *, user: str | None = None, password: st
     parts = urlsplit(amqp_url)
     moved = urlunsplit(parts._replace(path=f"/{quote(vhost, safe='')}"))
     return moved if user is None else _as_user(moved, user, password or "")
+
+
+def vhost_of(amqp_url: str) -> str:
+    """The virtual host of a URL; `/` if it names none."""
+    return unquote(urlsplit(amqp_url).path[1:]) or "/"
 
 
 def _as_user(url: str, user: str, password: str) -> str:

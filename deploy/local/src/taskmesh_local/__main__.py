@@ -1,0 +1,187 @@
+"""`python -m taskmesh_local up|down|status|logs|demo`: what the Makefile calls."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from taskmesh.errors import TaskmeshError
+from taskmesh.parts import PartDidNotStart, PartMissing
+from taskmesh_local import environment, logs
+from taskmesh_local.folders import Folders
+from taskmesh_local.mesh import Mesh, Standing
+from taskmesh_local.progress import Progress
+from taskmesh_local.roles import NAMES
+from taskmesh_local.state import State, locked
+
+COLORS = {"up": "green", "not ready": "yellow", "down": "red"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one per command
+    """Run one command and return the process's exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    console = Console(stderr=False)
+    folders = Folders.find()
+    if words[:1] == ["demo"]:
+        return _reporting(console, lambda: demo(folders, console, words[1:]))
+    options = _parser().parse_args(words)
+    match options.command:
+        case "up":
+            return _reporting(console, lambda: up(folders, console, options.names))
+        case "down":
+            return _reporting(console, lambda: down(folders, console, purge=options.purge))
+        case "status":
+            return status(folders, console)
+        case "logs":
+            return logs.show(folders, options.names or None, follow=options.follow)
+        case "inbox":
+            from taskmesh_local import inbox
+
+            return inbox.serve(folders, http_port=options.http_port, smtp_port=options.smtp_port)
+        case _:
+            from taskmesh_local import traces
+
+            return traces.serve(folders, http_port=options.http_port)
+
+
+def up(folders: Folders, console: Console, names: Sequence[str]) -> int:
+    """Start the mesh, or the named processes, and print where everything is."""
+    with locked(folders) as state:
+        mesh = Mesh(state, Progress(console))
+        try:
+            mesh.up(names or NAMES)
+        finally:
+            state.save()
+        standings = mesh.standings()
+    console.print()
+    console.print(_urls(mesh))
+    console.print("\nThe mesh is up. Try it in this shell:\n", highlight=False)
+    for line in (
+        f". {os.path.relpath(folders.env)}",
+        ".venv/bin/taskmesh types",
+        "make demo",
+    ):
+        console.print(f"  [bold]{escape(line)}[/bold]", highlight=False, soft_wrap=True)
+    console.print()
+    return 0 if not names or all(s.is_up for s in standings if s.name in names) else 1
+
+
+def down(folders: Folders, console: Console, *, purge: bool) -> int:
+    """Stop the mesh."""
+    if not folders.state.exists():
+        console.print("Nothing is running: this mesh has not been started yet.", highlight=False)
+        return 0
+    with locked(folders) as state:
+        Mesh(state, Progress(console)).down(purge=purge)
+    if purge:
+        shutil.rmtree(folders.root, ignore_errors=True)
+    kept = "and its data is deleted" if purge else "and its data is kept; `make up` starts it again"
+    console.print(f"The mesh is down, {kept}.", highlight=False)
+    return 0
+
+
+def status(folders: Folders, console: Console) -> int:
+    """Print how every process is; the exit code is 0 when all of them are up."""
+    if not folders.state.exists():
+        console.print("The mesh has not been started yet; `make up` starts it.", highlight=False)
+        return 1
+    standings = Mesh(State.load(folders), Progress(console)).standings()
+    table = Table(box=None, header_style="dim", padding=(0, 3, 0, 0))
+    for title, justify in (
+        ("process", "left"),
+        ("pid", "right"),
+        ("state", "left"),
+        ("up for", "right"),
+        ("url", "left"),
+    ):
+        table.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type] # rich's literals
+    for standing in standings:
+        color = COLORS[standing.state]
+        pid = str(standing.process.pid) if standing.process else ""
+        table.add_row(standing.name, pid, f"[{color}]{standing.state}[/{color}]", _uptime(standing), standing.url)
+    console.print(table)
+    missing = [standing.name for standing in standings if not standing.is_up]
+    if missing:
+        what = ", ".join(missing) if len(missing) < len(standings) else "all of them"
+        console.print(
+            f"\n{len(missing)} of {len(standings)} are not up: {what}. `make up` starts them.", highlight=False
+        )
+        return 1
+    console.print(f"\nAll {len(standings)} are up.", highlight=False)
+    return 0
+
+
+def demo(folders: Folders, console: Console, words: Sequence[str]) -> int:
+    """Start the mesh unless all of it is up, then run the demo; the mesh stays up."""
+    is_up = folders.state.exists() and all(s.is_up for s in Mesh(State.load(folders), Progress(console)).standings())
+    if not is_up:
+        up(folders, console, [])
+    os.environ.update(environment.read(folders.env))
+    from taskmesh_local.demo import main as run
+
+    return run(list(words)) or 0
+
+
+def _reporting(console: Console, command: Callable[[], int]) -> int:
+    """Run a command; what goes wrong on this machine is told in words, not in a traceback."""
+    try:
+        return command()
+    except (PartMissing, PartDidNotStart, TaskmeshError) as error:
+        Console(stderr=True).print(f"[red]✗[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        console.print("\nInterrupted. What was started stays; `make down` stops it.", highlight=False)
+        return 130
+
+
+def _urls(mesh: Mesh) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 3, 0, 0))
+    api = mesh.url("gateway-api")
+    for title, url in (
+        ("API", api),
+        ("API documentation", f"{api}/docs"),
+        ("Inbox: mails the mesh has sent", mesh.url("inbox")),
+        ("Traces: one per request", mesh.url("traces")),
+        ("RabbitMQ management", mesh.management_url()),
+    ):
+        table.add_row(title, url)
+    return table
+
+
+def _uptime(standing: Standing) -> str:
+    seconds = standing.process.uptime_seconds() if standing.process else None
+    return str(timedelta(seconds=int(seconds))) if seconds is not None else ""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="taskmesh-local", description="The whole mesh on one machine.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="up | down | status | logs | demo")
+    start = commands.add_parser("up", help="start what does not run")
+    start.add_argument("names", nargs="*", metavar="name", choices=[*NAMES, []], help="only these: " + ", ".join(NAMES))
+    stop = commands.add_parser("down", help="stop everything, keep the data")
+    stop.add_argument("--purge", action="store_true", help="delete the data, too")
+    commands.add_parser("status", help="show how every process is")
+    show = commands.add_parser("logs", help="print the end of the logs")
+    show.add_argument("names", nargs="*", metavar="name", help="only these: " + ", ".join(NAMES))
+    show.add_argument("-f", "--follow", action="store_true", help="go on printing until interrupted")
+    commands.add_parser("demo", help="send 30 invoices through the mesh")
+    for page in ("inbox", "traces"):
+        serve = commands.add_parser(page)
+        serve.add_argument("--http-port", type=int, required=True)
+        if page == "inbox":
+            serve.add_argument("--smtp-port", type=int, required=True)
+    return parser
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    sys.exit(main())
