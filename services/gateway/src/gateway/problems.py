@@ -217,7 +217,7 @@ def translate(error: TaskmeshError) -> Problem:
         case NotFound():
             return Problem("not_found", str(error))
         case ConflictError():
-            return Problem("conflict", str(error))
+            return Problem(error.code if error.code in KINDS else "conflict", str(error))
         case PermanentError():
             return Problem("contract_violation", str(error))
         case _:
