@@ -9,16 +9,14 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 # Family, the package that carries it, and the folder inside. Greek and Cyrillic are in Noto Sans; the Japanese cut of
-# Noto Sans CJK has Chinese and Korean too, in the shapes that Japanese readers expect.
+# Noto Sans CJK has Chinese and Korean too, in the shapes that Japanese readers expect. Arabic is not Noto's: its letters
+# are put together from strokes and dots, and what is copied or searched in the PDF comes out garbled.
 _PACKAGES = (
     ("Noto Sans", "fontpkg_noto_sans", "files"),
-    ("Noto Sans Arabic", "justmytype_intl_rtl", "fonts/ofl/notosansarabic"),
+    ("Amiri", "fontpkg_amiri", "files"),
     ("Noto Sans CJK JP", "noto_cjk_sans_jp_regular", "."),
     ("Noto Sans CJK JP", "noto_cjk_sans_jp_bold", "."),
 )
-
-FAMILIES: tuple[str, ...] = tuple(dict.fromkeys(family for family, _, _ in _PACKAGES))
-"""In the order in which they are tried for a character."""
 
 
 def folders() -> list[Path]:

@@ -231,7 +231,7 @@ def get_invoice(session: Session, invoice_id: UUID) -> Invoice:
         currency=row.currency,
         seller=Seller.model_validate(row.seller),
         # What was kept is valid by the contract of its day, which may not be today's.
-        buyer=Buyer.model_construct(**row.buyer),
+        buyer=Buyer.model_construct(**{**row.buyer, "address": tuple(row.buyer["address"])}),
         buyer_reference=row.buyer_reference,
         supply_date=row.supply_date,
         issued_at=row.issued_at,

@@ -20,6 +20,7 @@ from billing_worker.labels import Labels
 from taskmesh.contracts.billing import TaxCategory
 from taskmesh.money import exponent, to_major
 
+_TOUCHING = re.compile(r"(?<=[^\W\d_])(?=\d)|(?<=\d)(?=[^\W\d_])")
 _IBAN_GROUPS = re.compile(r".{1,4}")
 
 
@@ -43,9 +44,9 @@ class Language:
     def money(self, amount_minor: int, currency: str) -> str:
         """The amount with its currency's sign, and as many decimals as ISO 4217 (not CLDR) gives the currency."""
         pattern = self._with_decimals(self.locale.currency_formats["standard"], exponent(currency))
-        return str(
-            pattern.apply(to_major(amount_minor, currency), self.locale, currency=currency, currency_digits=False)
-        )
+        text = pattern.apply(to_major(amount_minor, currency), self.locale, currency=currency, currency_digits=False)
+        # CLDR's rule, which Babel does not know: a sign of letters does not touch the digits.
+        return _TOUCHING.sub("\N{NO-BREAK SPACE}", text)
 
     def amount(self, amount_minor: int, currency: str) -> str:
         """The amount without the currency."""

@@ -90,6 +90,9 @@ class Renderer:
             timestamp=int(invoice.issued_at.timestamp()),
         )
         for warning in warnings:
+            # Without its fonts typst prints nothing at all, and calls that a success.
+            if "unknown font family" in warning.message:
+                raise RenderingFailed(f"{warning.message}: install billing-worker with its dependencies")
             logger.warning("typst warned", extra={"invoice_id": str(invoice.id), "warning": warning.message})
         assert isinstance(document, bytes)  # images would be several pages
         return document

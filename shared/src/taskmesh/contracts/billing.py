@@ -93,23 +93,19 @@ class TaxCategory(StrEnum):
     OUT_OF_SCOPE = "O"
 
 
-_TAXED = {"properties": {"category": {"const": "S"}}}
+def _when(categories: list[str], then: dict[str, Any], *, default: bool = False) -> dict[str, Any]:
+    """A rule for some categories; `default` if it holds when none is given."""
+    chosen: dict[str, Any] = {"properties": {"category": {"enum": categories}}}
+    return {"if": chosen if default else {**chosen, "required": ["category"]}, "then": then}
+
+
 # The same rules as `Tax._fits_together`, for those who validate against the schema alone.
 _TAX_RULES: dict[str, Any] = {
     "allOf": [
-        {
-            "if": _TAXED,
-            "then": {"properties": {"rate": {"pattern": "[1-9]"}}},
-            "else": {"properties": {"rate": {"pattern": r"^0+(\.0+)?$"}}},
-        },
-        {
-            "if": {"properties": {"category": {"enum": ["S", "Z"]}}},
-            "then": {"properties": {"exemption_reason": {"type": "null"}}},
-        },
-        {
-            "if": {"properties": {"category": {"const": "E"}}, "required": ["category"]},
-            "then": {"required": ["exemption_reason"], "properties": {"exemption_reason": {"type": "string"}}},
-        },
+        _when(["S"], {"properties": {"rate": {"pattern": "[1-9]"}}}, default=True),
+        _when(["Z", "E", "AE", "K", "G", "O"], {"properties": {"rate": {"pattern": r"^0+(\.0+)?$"}}}),
+        _when(["S", "Z"], {"properties": {"exemption_reason": {"type": "null"}}}, default=True),
+        _when(["E"], {"required": ["exemption_reason"], "properties": {"exemption_reason": {"type": "string"}}}),
     ]
 }
 
