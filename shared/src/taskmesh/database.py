@@ -59,7 +59,8 @@ def async_engine(url: SecretStr | str, **options: Any) -> AsyncEngine:
 def _options(options: dict[str, Any]) -> dict[str, Any]:
     # Names the client in pg_stat_activity; five seconds to connect, so that a lost host is an error and not a wait.
     connect = {"connect_timeout": 5, "application_name": "taskmesh", **options.pop("connect_args", {})}
-    return {"connect_args": connect, **options}
+    # An SQL error is logged with its statement, and never with its parameters: those are payloads.
+    return {"connect_args": connect, "hide_parameters": True, **options}
 
 
 def is_unavailable(error: BaseException) -> bool:
