@@ -10,6 +10,7 @@ from datetime import timedelta
 from uuid import uuid4
 
 import pytest
+from sqlalchemy import text
 
 from email_worker.delivering import DEFERRALS, Ambiguous, GaveUp, HardBounce, SenderRefused, deferral
 from email_worker.mailer import Mailer
@@ -241,9 +242,34 @@ def test_a_crash_in_data_is_treated_as_ambiguous_once_its_lease_is_over(desk, sm
     desk.rest(task)
     result = desk.deliver(task)
 
-    assert leased.value.retry_after <= timedelta(seconds=30)
+    assert leased.value.retry_after is None
     assert result["outcome"] == "accepted"
     assert desk.row(task).resends == 1
+
+
+def test_a_database_that_restarts_while_the_relay_answers_does_not_cost_a_second_mail(desk, smtp_sink, caplog):
+    task = uuid4()
+
+    class Restarting(Mailer):
+        def send(self, envelope, mime, *, before_data):
+            reply = super().send(envelope, mime, before_data=before_data)
+            with desk.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                others = "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database()"
+                connection.execute(text(others + " and pid <> pg_backend_pid()"))
+                connection.invalidate()
+            return reply
+
+    office = replace(desk.office, mailer=Restarting(desk.office.mailer.server, hello_name="mail.example.com"))
+    desk.execute("select 1")
+    with desk.engine.connect(), desk.engine.connect():
+        pass  # two connections wait in the pool, and will be dead
+
+    result = replace(desk, office=office).deliver(task)
+
+    assert result["outcome"] == "accepted"
+    assert "the relay's reply waits to be recorded" in caplog.messages[0]
+    assert len(smtp_sink.messages) == 1
+    assert desk.events() == ["accepted"]
 
 
 def test_two_deliveries_at_once_send_one_mail(desk, smtp_sink):
@@ -315,8 +341,8 @@ def test_a_missing_or_changed_attachment_fails_the_task(desk, smtp_sink, tmp_pat
 
 
 def test_lines_that_begin_with_a_dot_survive(desk, smtp_sink):
-    text = ".\n..\n.hidden\nend"
+    lines = ".\n..\n.hidden\nend"
 
-    desk.deliver(uuid4(), desk.mail(text=text))
+    desk.deliver(uuid4(), desk.mail(text=lines))
 
-    assert smtp_sink.messages[0].message.get_content().split() == text.split()
+    assert smtp_sink.messages[0].message.get_content().split() == lines.split()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from datetime import UTC, datetime, timedelta
 from typing import ClassVar, Protocol, TypedDict, assert_never
 from uuid import UUID
 
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from email_worker import messages, suppressions
@@ -30,7 +32,8 @@ from email_worker.messages import Message, MessageState
 from email_worker.replies import Outcome, Reply
 from taskmesh.contracts import Event
 from taskmesh.contracts.email import MessageAccepted, MessageFailed
-from taskmesh.errors import PermanentError, TransientError
+from taskmesh.database import is_unavailable
+from taskmesh.errors import DatabaseUnavailable, PermanentError, TransientError
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +47,7 @@ GIVE_UP_AFTER = timedelta(hours=72)
 
 MAX_RESENDS = 1
 
-LOOK_AGAIN_AFTER = timedelta(seconds=30)
-"""How soon a second delivery looks again at a message that another one seems to be sending."""
+RECORD_WAITS_SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, *(10,) * 15)
 
 
 class NotDelivered(PermanentError):
@@ -172,9 +174,8 @@ class PostOffice:
         try:
             reply = self.mailer.send(envelope, claim.mime, before_data=lambda: self._enter_data(task, claim))
         except Overtaken:
-            raise _busy(LOOK_AGAIN_AFTER) from None
-        with task.transaction() as session:
-            self._record(session, task, claim, reply)
+            raise _not_now(claim.message, None) from None
+        self._keep(task, claim, reply)
         return self._answer(task)
 
     def _compose(self, task: RunningTask, mail: Callable[[], Mail]) -> None:
@@ -195,8 +196,9 @@ class PostOffice:
         if message.state.terminal:
             return message
         if message.not_before and message.not_before > message.now:
-            wait = message.not_before - message.now
-            raise _busy(min(wait, LOOK_AGAIN_AFTER) if message.state is MessageState.IN_DATA else wait)
+            # Most often another delivery is about to hear the reply: look again as soon as the task's backoff says.
+            in_data = message.state is MessageState.IN_DATA
+            raise _not_now(message, None if in_data else message.not_before - message.now)
         if suppressions.is_suppressed(session, message.to_address):
             messages.suppress(session, message)
             return messages.lock(session, task.task_id)
@@ -214,6 +216,21 @@ class PostOffice:
             if not messages.enter_data(session, claim.message.id, claim.attempt, lease=lease):
                 raise Overtaken
 
+    def _keep(self, task: RunningTask, claim: Claim, reply: Reply) -> None:
+        """Record the reply even if the database is away for minutes: nobody else knows it, and it comes only once."""
+        for wait_seconds in RECORD_WAITS_SECONDS:
+            try:
+                with task.transaction() as session:
+                    self._record(session, task, claim, reply)
+            except SQLAlchemyError as error:
+                if not is_unavailable(error):
+                    raise
+                logger.warning("database unavailable; the relay's reply waits to be recorded")
+                time.sleep(wait_seconds)
+            else:
+                return
+        raise DatabaseUnavailable("the relay's reply could not be recorded")
+
     def _record(self, session: Session, task: RunningTask, claim: Claim, reply: Reply) -> None:
         """Write down what the reply means; committed before anything else, so that a redelivery finds it."""
         message = messages.lock(session, claim.message.id)
@@ -227,7 +244,8 @@ class PostOffice:
                 messages.accept(session, message, reply)
                 task.emit(MessageAccepted(message_id=message.id), session=session)
             return
-        if message.state.terminal or message.attempt != claim.attempt:
+        # Overtaken, or recorded by a commit whose confirmation was lost.
+        if message.attempt != claim.attempt or message.state not in {MessageState.CLAIMED, MessageState.IN_DATA}:
             return
         match reply.outcome:
             case Outcome.DEFERRED:
@@ -256,9 +274,8 @@ class PostOffice:
             message = messages.lock(session, task.task_id)
         if message.state.terminal:
             return _result(message)
-        wait = message.not_before - message.now if message.not_before else LOOK_AGAIN_AFTER
-        code = message.last_code or "no reply"
-        raise TransientError(f"message {message.id} is {message.state}: {code}", retry_after=wait)
+        # A message without a time is in the hands of the attempt that overtook this one.
+        raise _not_now(message, message.not_before - message.now if message.not_before else None)
 
 
 def deferral(deferrals: int, *, hint: timedelta | None) -> timedelta:
@@ -280,5 +297,6 @@ def _result(message: Message) -> Delivered:
     return Delivered(message_id=str(message.id), outcome=message.state.value)
 
 
-def _busy(wait: timedelta) -> TransientError:
-    return TransientError("another delivery of the message may be sending it, or it rests", retry_after=wait)
+def _not_now(message: Message, wait: timedelta | None) -> TransientError:
+    code = message.last_code or "no reply"
+    return TransientError(f"message {message.id} is {message.state}; last answer: {code}", retry_after=wait)

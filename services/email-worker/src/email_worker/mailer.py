@@ -109,12 +109,13 @@ class Mailer:
             server: The relay.
             hello_name: What we call ourselves in EHLO.
             answer_seconds: How long to wait for the reply to the final dot; RFC 5321 4.5.3.2.6 asks for ten minutes,
-                because giving up earlier makes duplicates.
+                because giving up earlier makes duplicates. Commands and content are given no more than that either.
             ca_file: Certificates to trust in place of the system's.
         """
         self.server = server
         self._hello_name = hello_name
         self._answer_seconds = answer_seconds
+        self._command_seconds = min(COMMAND_SECONDS, answer_seconds)
         self._content_seconds = min(CONTENT_SECONDS, answer_seconds)
         self._tls = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
         self._idle: deque[_Connection] = deque()
@@ -122,7 +123,7 @@ class Mailer:
     @property
     def data_seconds(self) -> float:
         """The longest time from `before_data` to the relay's last word."""
-        return COMMAND_SECONDS + self._content_seconds + self._answer_seconds
+        return self._command_seconds + self._content_seconds + self._answer_seconds
 
     def send(self, envelope: Envelope, mime: bytes, *, before_data: Callable[[], None]) -> Reply:
         """Offer one mail to the relay and return its last word.
@@ -187,7 +188,7 @@ class Mailer:
             stage = Stage.ANSWER
             _wait_at_most(smtp, self._answer_seconds)
             code, text = smtp.getreply()
-            _wait_at_most(smtp, COMMAND_SECONDS)
+            _wait_at_most(smtp, self._command_seconds)
         except (OSError, smtplib.SMTPException) as error:
             return _reply_of(error, stage)
         return _reply(stage, code, text)
@@ -226,7 +227,7 @@ class Mailer:
         else:
             smtp = smtplib.SMTP(server.host, server.port, local_hostname=self._hello_name, timeout=CONNECT_SECONDS)
         try:
-            _wait_at_most(smtp, COMMAND_SECONDS)
+            _wait_at_most(smtp, self._command_seconds)
             smtp.ehlo_or_helo_if_needed()
             if server.security is Security.STARTTLS:
                 smtp.starttls(context=self._tls)

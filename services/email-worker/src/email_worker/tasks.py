@@ -19,6 +19,7 @@ app = WorkerApp("email")
 DELIVERY: dict[str, Any] = {
     # The number of attempts is no limit: a delivery ends by itself, after three days at the latest.
     "max_retries": None,
+    # Only for what says no time of its own: the store is away, or another delivery holds the message.
     "retry_backoff_max": 60,
     # Above the longest conversation with a relay, and well below the half hour after which the broker takes back.
     "soft_time_limit": 1140,
