@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -16,11 +18,17 @@ from gateway.problems import KINDS, Problem, respond
 
 MAX_TASK_BYTES = 128 * 1024
 MAX_BATCH_BYTES = 4 * 1024 * 1024
+DISCARD_BYTES = 32 * 1024 * 1024
+DISCARD_SECONDS = 5
 BATCH_PATH = "/v1/tasks:batchCreate"
 
 
 class BodyLimit:
-    """ASGI middleware: refuses a body that is too large before it is read, or as soon as it turns out to be."""
+    """ASGI middleware: refuses a body that is too large as soon as it shows, and keeps no more of it than the limit.
+
+    What is left of the body is read and thrown away, within bounds: closing a connection on data that nobody has read
+    resets it, and the caller might never see the answer.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -32,7 +40,7 @@ class BodyLimit:
         limit = MAX_BATCH_BYTES if scope["path"] == BATCH_PATH else MAX_TASK_BYTES
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
-            # The body stays unread, so the connection cannot serve another request.
+            await _discard(receive)
             problem = Problem("payload_too_large", KINDS["payload_too_large"].advice, headers={"Connection": "close"})
             await respond(problem, scope["path"])(scope, receive, send)
             return
@@ -43,11 +51,24 @@ class BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > limit:
+                await _discard(receive)
                 # An HTTPException, because FastAPI turns any other error raised while reading into a 400.
                 raise HTTPException(413, headers={"Connection": "close"})
             return message
 
         await self._app(scope, counted, send)
+
+
+async def _discard(receive: Receive) -> None:
+    """Read what is left of a body and forget it, up to 32 MiB and five seconds."""
+    left = DISCARD_BYTES
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    return
 
 
 class JsonRequest(Request):

@@ -7,7 +7,7 @@ JSON parameter and are unfolded there, so one task and five hundred are the same
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any, Final
 from uuid import UUID
@@ -289,19 +289,18 @@ _ADVANCE = text(
     update tasks set
         state = r.state,
         sequence = r.sequence,
-        attempt = greatest(tasks.attempt, r.attempt),
+        attempt = r.attempt,
         result = r.result,
-        error = case when r.state = 'succeeded' then null else coalesce(r.error, tasks.error) end,
-        due_at = coalesce(r.due_at, tasks.due_at),
-        queued_at = coalesce(r.queued_at, tasks.queued_at),
-        -- least() passes over nulls: the first start counts, whichever event tells of it.
-        started_at = least(tasks.started_at, r.started_at),
+        error = r.error,
+        due_at = r.due_at,
+        queued_at = r.queued_at,
+        started_at = r.started_at,
         finished_at = r.finished_at,
-        worker = coalesce(r.worker, tasks.worker),
-        updated_at = r.at
+        worker = r.worker,
+        updated_at = r.updated_at
     from json_to_recordset(cast(:rows as json)) as r(
         id uuid, state text, sequence integer, attempt integer, result jsonb, error jsonb, due_at timestamptz,
-        queued_at timestamptz, started_at timestamptz, finished_at timestamptz, worker text, at timestamptz)
+        queued_at timestamptz, started_at timestamptz, finished_at timestamptz, worker text, updated_at timestamptz)
     where tasks.id = r.id
     """
 )
@@ -319,44 +318,57 @@ _APPEND_TIMELINE = text(
 _NOTIFY = text("select pg_notify(:channel, part) from unnest(cast(:parts as text[])) as part")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Progress:
-    """What is known of one task while a batch of events is applied to it."""
+    """A task's row while a batch of events is applied to it; the fields are columns."""
 
     id: UUID
     root_id: UUID
     state: TaskState
     sequence: int
     attempt: int
-    change: dict[str, Any] | None = None
+    result: Any
+    error: dict[str, Any] | None
+    due_at: datetime | None
+    queued_at: datetime | None
+    started_at: datetime | None
+    finished_at: datetime | None
+    worker: str | None
+    updated_at: datetime
 
     def accepts(self, event: LifecycleEvent) -> bool:
         """True for what is news; terminal states are final."""
-        if self.state.terminal and self.sequence != BEFORE_EVERYTHING:
+        if self.state.terminal:
             return False
         return (event.sequence, RANK[event.state]) > (self.sequence, RANK[self.state])
 
-    def apply(self, event: LifecycleEvent) -> None:
-        self.attempt = max(self.attempt, event.attempt if event.state in STARTED else 0)
-        before = self.change or {}
-        failure = event.failure.model_dump() if event.failure else None
-        started_here = event.at if event.state is TaskState.RUNNING else None
-        starts = [at for at in (before.get("started_at"), event.started_at, started_here) if at is not None]
-        self.state, self.sequence = event.state, event.sequence
-        self.change = {
-            "id": self.id,
-            "state": event.state,
-            "sequence": event.sequence,
-            "attempt": self.attempt,
-            "result": event.result,
-            "error": failure or before.get("error"),
-            "due_at": event.due_at or before.get("due_at"),
-            "queued_at": event.at if event.state is TaskState.QUEUED else before.get("queued_at"),
-            "started_at": min(starts, default=None),
-            "finished_at": event.at if event.state.terminal else None,
-            "worker": event.worker or before.get("worker"),
-            "at": event.at,
-        }
+    def note(self, event: LifecycleEvent) -> bool:
+        """Keep what stays true however late it is told: when it was first queued and started, and how often."""
+        before = (self.attempt, self.queued_at, self.started_at)
+        if event.state in STARTED:
+            self.attempt = max(self.attempt, event.attempt)
+        if event.state is TaskState.QUEUED:
+            self.queued_at = _earlier(self.queued_at, event.at)
+        self.started_at = _earlier(self.started_at, event.started_at)
+        if event.state is TaskState.RUNNING:
+            self.started_at = _earlier(self.started_at, event.at)
+        return before != (self.attempt, self.queued_at, self.started_at)
+
+    def move(self, event: LifecycleEvent) -> None:
+        """Go to the state that the event tells of."""
+        self.state, self.sequence, self.updated_at = event.state, event.sequence, event.at
+        self.due_at = event.due_at or self.due_at
+        self.worker = event.worker or self.worker
+        if event.failure is not None:
+            self.error = event.failure.model_dump()
+        elif event.state is TaskState.SUCCEEDED:
+            self.error = None
+        if event.state.terminal:
+            self.result, self.finished_at = event.result, event.at
+
+
+def _earlier(known: datetime | None, told: datetime | None) -> datetime | None:
+    return min((at for at in (known, told) if at is not None), default=None)
 
 
 async def advance(connection: AsyncConnection, events: Sequence[LifecycleEvent]) -> int:
@@ -374,15 +386,19 @@ async def advance(connection: AsyncConnection, events: Sequence[LifecycleEvent])
         _INSERT_UNKNOWN, {"rows": _rows(_introductions(ordered)), "before_everything": BEFORE_EVERYTHING}
     )
     progress = await _lock(connection, ordered)
+    changed: dict[UUID, _Progress] = {}
     accepted: list[dict[str, Any]] = []
     for event in ordered:
         task = progress[event.task_id]
+        if task.note(event):
+            changed[task.id] = task
         if task.accepts(event):
-            task.apply(event)
+            task.move(event)
+            changed[task.id] = task
             accepted.append(_timeline_row(len(accepted), task, event))
+    if changed:
+        await connection.execute(_ADVANCE, {"rows": _rows(asdict(task) for task in changed.values())})
     if accepted:
-        changes = [task.change for task in progress.values() if task.change is not None]
-        await connection.execute(_ADVANCE, {"rows": _rows(changes)})
         await connection.execute(_APPEND_TIMELINE, {"rows": _rows(accepted)})
         await _notify(connection, {row["root_id"] for row in accepted})
     return len(accepted)
@@ -416,15 +432,17 @@ async def _lock(connection: AsyncConnection, events: Iterable[LifecycleEvent]) -
     for event in events:
         wanted.add(event.task_id)
         wanted.add(event.root_id or event.task_id)
-    columns = (tasks.c.id, tasks.c.root_id, tasks.c.state, tasks.c.sequence, tasks.c.attempt)
     statement: Select[Any] = (
-        select(*columns)
+        select(*_PROGRESS_COLUMNS)
         .where(tasks.c.id == func.any(sorted(wanted)))
         .order_by(tasks.c.id)
         .with_for_update(key_share=True)
     )
-    rows = (await connection.execute(statement)).all()
-    return {row.id: _Progress(row.id, row.root_id, TaskState(row.state), row.sequence, row.attempt) for row in rows}
+    rows = (await connection.execute(statement)).mappings()
+    return {row["id"]: _Progress(**{**row, "state": TaskState(row["state"])}) for row in rows}
+
+
+_PROGRESS_COLUMNS: Final = tuple(tasks.c[column.name] for column in fields(_Progress))
 
 
 def _timeline_row(position: int, task: _Progress, event: LifecycleEvent) -> dict[str, Any]:
