@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import ssl
 
 import pika.exceptions
 import pytest
+import trustme
 from pika.adapters.utils import connection_workflow
 
 from taskmesh import amqp
@@ -75,6 +77,26 @@ async def test_a_server_that_accepts_and_says_nothing_is_given_up(broker, monkey
 
         with pytest.raises(BrokerUnavailable):
             await amqp.Connection.open(proxy.url, name="test")
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+async def test_amqps_speaks_tls_and_believes_no_unknown_certificate(broker, tmp_path, monkeypatch, trusted):
+    authority = trustme.CA()
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    trust = authority if trusted else trustme.CA()
+    trust.cert_pem.write_to_path(tmp_path / "ca.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+
+    async with TcpProxy(broker.amqp_url, tls=tls) as proxy:
+        url = proxy.url.replace("amqp://", "amqps://")
+        if trusted:
+            connection = await amqp.Connection.open(url, name="test")
+            await connection.channel()
+            await connection.close()
+        else:
+            with pytest.raises(BrokerUnavailable):
+                await amqp.Connection.open(url, name="test")
 
 
 def test_waits_grow_up_to_the_longest_and_start_small_again():
