@@ -15,7 +15,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 from uuid import UUID
@@ -61,7 +61,7 @@ class OutboxRow:
     mandatory: bool
     headers: Mapping[str, Any]
     properties: Mapping[str, Any]
-    body: bytes
+    body: bytes = field(repr=False)
     task_id: UUID | None
     expires_at: datetime | None
     created_at: datetime

@@ -252,6 +252,8 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
 
     def producer_or_acquire(self, producer: Any = None) -> Any:
         """A producer for the outbox while a task runs: a group asks for one before it sends its members."""
+        if isinstance(producer, OutboxProducer):
+            return nullcontext(producer)
         unit = units.current()
         if unit is not None:
             return nullcontext(OutboxProducer(unit))
@@ -375,12 +377,6 @@ def configuration(service: str, settings: WorkerSettings, *, listens: bool) -> d
         "task_serializer": "json",
         "accept_content": ["json"],
         "result_backend": None,
-        "task_ignore_result": True,
-        "task_acks_late": True,
-        "task_reject_on_worker_lost": True,
-        # Attempts settle themselves and are then acknowledged; whatever else escapes is parked, not dropped.
-        "task_acks_on_failure": False,
-        "task_acks_on_timeout": False,
         "task_send_sent_event": False,
         "enable_utc": True,
         "timezone": "UTC",

@@ -87,6 +87,8 @@ class Attempt:
             for rerun in range(RERUNS):
                 try:
                     return self._settled(span)
+                except (Ignore, Reject):
+                    raise
                 except Exception as error:
                     if not is_unavailable(error):
                         self._mark(span, error)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taskmesh import logs, telemetry
-from taskmesh.database import migrate
+from taskmesh.database import async_engine, migrate
+from taskmesh.health import Health
 from taskmesh.settings import RelaySettings, SetupSettings, WorkerSettings, load
 
 if TYPE_CHECKING:
@@ -73,6 +75,9 @@ def work(app: WorkerApp, settings: WorkerSettings) -> int:
     logs.configure(settings.log_format, settings.log_level, app.service, "worker")
     app.configure(settings)
 
+    # A receiver here keeps Celery from setting up logging of its own.
+    signals.setup_logging.connect(lambda **_: None, weak=False)
+
     def start(**_: Any) -> None:
         telemetry.start(f"{app.service}-worker", "worker")
         app.start_process()
@@ -101,11 +106,26 @@ def work(app: WorkerApp, settings: WorkerSettings) -> int:
 
 async def relay(app: WorkerApp, settings: RelaySettings) -> None:
     """Publish what the service's transactions wrote, and announce the service, until told to stop."""
-    from taskmesh.relay import run_relay  # noqa: PLC0415 - needs an event loop
+    from taskmesh.relay import Relay, ServiceHooks  # noqa: PLC0415 - only this role publishes
 
     logs.configure(settings.log_format, settings.log_level, app.service, "relay")
     telemetry.start(f"{app.service}-worker", "relay")
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    engine = async_engine(settings.database_url, pool_size=2)
     try:
-        await run_relay(app.service, settings, manifest=app.manifest)
+        await Relay(
+            engine,
+            settings.amqp_url,
+            app.service,
+            Health(settings.health_dir, f"{app.service}-relay"),
+            ServiceHooks(app.service),
+            batch_size=settings.relay_batch_size,
+            poll_seconds=settings.relay_poll_seconds,
+            announce=app.manifest,
+            announce_seconds=settings.announce_seconds,
+        ).run(stop)
     finally:
+        await engine.dispose()
         telemetry.stop()

@@ -38,6 +38,16 @@ class MeshTask(Task):  # type: ignore[misc]  # Celery has no types
 
     app: WorkerApp
     abstract = True
+    Request = "taskmesh.worker.consumer:MeshRequest"
+
+    # Set here and not in Celery's configuration, which a task copies when it is bound: that may be before it is loaded.
+    acks_late = True
+    reject_on_worker_lost = True
+    # Attempts settle themselves and are then acknowledged; whatever else escapes is parked, not dropped.
+    acks_on_failure = False
+    acks_on_timeout = False
+    ignore_result = True
+    serializer = "json"
 
     contract: ClassVar[type[Contract] | None] = None
     transaction_mode: ClassVar[TransactionMode] = "whole"
