@@ -40,7 +40,7 @@ class Delivery:
     routing_key: str
     headers: Mapping[str, Any]
     properties: Mapping[str, Any]
-    body: bytes
+    body: bytes = field(repr=False)
     delivery_count: int
     rejection: str | None = field(default=None, init=False)
     tag: int = field(repr=False)

@@ -47,7 +47,8 @@ def configure(log_format: Literal["json", "console"], level: str, service: str, 
 
 # Libraries whose INFO is about themselves. Celery's trace logger would print results and arguments.
 QUIET = {
-    "pika": logging.ERROR,
+    # Its errors hold addresses and come with every attempt; ours say once that the broker is away.
+    "pika": logging.CRITICAL,
     "httpx": logging.WARNING,
     "celery.app.trace": logging.CRITICAL,
     "celery.worker.strategy": logging.WARNING,

@@ -45,7 +45,7 @@ class OutgoingMessage:
 
     exchange: str
     routing_key: str
-    body: bytes
+    body: bytes = field(repr=False)
     headers: Mapping[str, Any] = field(default_factory=dict)
     properties: Mapping[str, Any] = field(default_factory=dict)
     mandatory: bool = True
