@@ -28,6 +28,8 @@ COLORS = {"up": "green", "not ready": "yellow", "down": "red"}
 
 def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one per command
     """Run one command and return the process's exit code."""
+    # Refused connections are what waiting for a server looks like; pika logs each as an error.
+    logging.getLogger("pika").setLevel(logging.CRITICAL)
     words = list(sys.argv[1:] if arguments is None else arguments)
     console = Console(stderr=False)
     folders = Folders.find()
@@ -62,8 +64,10 @@ def up(folders: Folders, console: Console, names: Sequence[str]) -> int:
         finally:
             state.save()
         standings = mesh.standings()
+    if names:
+        return 0 if all(standing.is_up for standing in standings if standing.name in names) else 1
     console.print()
-    console.print(_urls(mesh))
+    console.print(_urls(mesh, folders))
     console.print("\nThe mesh is up. Try it in this shell:\n", highlight=False)
     for line in (
         f". {os.path.relpath(folders.env)}",
@@ -72,7 +76,7 @@ def up(folders: Folders, console: Console, names: Sequence[str]) -> int:
     ):
         console.print(f"  [bold]{escape(line)}[/bold]", highlight=False, soft_wrap=True)
     console.print()
-    return 0 if not names or all(s.is_up for s in standings if s.name in names) else 1
+    return 0
 
 
 def down(folders: Folders, console: Console, *, purge: bool) -> int:
@@ -83,7 +87,11 @@ def down(folders: Folders, console: Console, *, purge: bool) -> int:
     with locked(folders) as state:
         Mesh(state, Progress(console)).down(purge=purge)
     if purge:
-        shutil.rmtree(folders.root, ignore_errors=True)
+        for path in folders.root.iterdir():
+            # `make` keeps its own tools there; they are no data of the mesh.
+            if path.name == "tools":
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     kept = "and its data is deleted" if purge else "and its data is kept; `make up` starts it again"
     console.print(f"The mesh is down, {kept}.", highlight=False)
     return 0
@@ -112,9 +120,8 @@ def status(folders: Folders, console: Console) -> int:
     missing = [standing.name for standing in standings if not standing.is_up]
     if missing:
         what = ", ".join(missing) if len(missing) < len(standings) else "all of them"
-        console.print(
-            f"\n{len(missing)} of {len(standings)} are not up: {what}. `make up` starts them.", highlight=False
-        )
+        line = f"\n{len(missing)} of {len(standings)} are not up: {what}. `make up` starts them."
+        console.print(line, highlight=False, soft_wrap=True)
         return 1
     console.print(f"\nAll {len(standings)} are up.", highlight=False)
     return 0
@@ -143,8 +150,10 @@ def _reporting(console: Console, command: Callable[[], int]) -> int:
         return 130
 
 
-def _urls(mesh: Mesh) -> Table:
+def _urls(mesh: Mesh, folders: Folders) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 3, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     api = mesh.url("gateway-api")
     for title, url in (
         ("API", api),
@@ -152,6 +161,7 @@ def _urls(mesh: Mesh) -> Table:
         ("Inbox: mails the mesh has sent", mesh.url("inbox")),
         ("Traces: one per request", mesh.url("traces")),
         ("RabbitMQ management", mesh.management_url()),
+        ("", f"its user and password are in {os.path.relpath(folders.env)}"),
     ):
         table.add_row(title, url)
     return table
@@ -183,5 +193,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING)
     sys.exit(main())

@@ -50,13 +50,12 @@ def application(mails: Mails) -> FastAPI:  # noqa: C901 - one small function per
     @router.get("/", response_class=HTMLResponse)
     def show_list(request: Request, to: str = "", subject: str = "") -> Response:
         found = mails.find(limit=200, to=to, subject=subject)
-        return web.page(
-            request, "inbox.html", mails=[m.summary() for m in found], total=mails.count(), to=to, subject=subject
-        )
+        values = {"mails": [mail.summary() for mail in found], "total": mails.count(), "to": to, "subject": subject}
+        return web.page(request, "inbox.html", values)
 
     @router.get("/messages/{number}", response_class=HTMLResponse)
     def show_mail(request: Request, number: int) -> Response:
-        return web.page(request, "mail.html", mail=find(number).details())
+        return web.page(request, "mail.html", {"mail": find(number).details()})
 
     @router.get("/messages/{number}/html", response_class=HTMLResponse)
     def show_html(number: int) -> Response:

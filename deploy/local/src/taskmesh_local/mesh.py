@@ -65,8 +65,9 @@ class Mesh:
         self._start_pages([name for name in PAGES if name in names])
         self._state.save()
         wanted = [role for role in ROLES if role.name in names]
-        if len(wanted) == len(ROLES):
-            self._set_up(accesses)
+        missing = {role.service for role in wanted if self._state.process(role.name) is None}
+        if missing and len(wanted) == len(ROLES):
+            self._set_up(accesses, [service for service in SERVICES if service in missing])
         self._start_roles(wanted, accesses)
         if "gateway-api" in names:
             self._ensure_api_key(accesses["gateway"])
@@ -125,9 +126,9 @@ class Mesh:
         return f"http://127.0.0.1:{port}" if port and name in PREFERRED_PORTS else ""
 
     def management_url(self) -> str:
-        """RabbitMQ's management page, with the administrator's name and password in it."""
+        """RabbitMQ's management page."""
         broker = backing.known_rabbitmq(self._state)
-        return broker.management_url if broker else ""
+        return f"http://{_without_password(broker.management_url)}" if broker else ""
 
     def _start_parts(self) -> tuple[AnyPostgres, AnyBroker]:
         # Finding the broker may ask the person at the terminal, so it comes before anything moves on the screen.
@@ -158,12 +159,13 @@ class Mesh:
                 self._wait_until_ready(name)
                 notes.append(self.url(name))
 
-    def _set_up(self, accesses: Mapping[str, Access]) -> None:
+    def _set_up(self, accesses: Mapping[str, Access], services: Sequence[str]) -> None:
         with self._progress.step("Services set up", "migrating databases, declaring queues, announcing types"):
             # The gateway first: its queue must exist before the others announce themselves to it.
-            self._set_up_service("gateway", accesses["gateway"])
+            if "gateway" in services:
+                self._set_up_service("gateway", accesses["gateway"])
+            others = [service for service in services if service != "gateway"]
             with ThreadPoolExecutor() as threads:
-                others = [s for s in SERVICES if s != "gateway"]
                 list(threads.map(lambda service: self._set_up_service(service, accesses[service]), others))
 
     def _set_up_service(self, service: str, access: Access) -> None:

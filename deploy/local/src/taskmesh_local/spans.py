@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
 
 from taskmesh.parts.spans import Span
 
@@ -23,6 +25,7 @@ CREATE TABLE IF NOT EXISTS spans (
     parent_id TEXT NOT NULL,
     service TEXT NOT NULL,
     name TEXT NOT NULL,
+    kind TEXT NOT NULL,
     begun INTEGER NOT NULL,
     ended INTEGER NOT NULL,
     failed INTEGER NOT NULL,
@@ -38,7 +41,9 @@ CREATE TABLE IF NOT EXISTS traces (
     orphans INTEGER NOT NULL,
     services TEXT NOT NULL,
     name TEXT NOT NULL,
-    service TEXT NOT NULL
+    service TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    task TEXT
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS traces_begun ON traces (begun);
 """
@@ -53,9 +58,29 @@ SELECT trace_id, min(begun), max(ended), count(*), sum(failed),
     (SELECT group_concat(service) FROM (SELECT service FROM spans AS each WHERE each.trace_id = spans.trace_id
         GROUP BY service ORDER BY min(begun))),
     (SELECT name FROM spans AS root WHERE root.trace_id = spans.trace_id ORDER BY parent_id <> '', begun LIMIT 1),
-    (SELECT service FROM spans AS root WHERE root.trace_id = spans.trace_id ORDER BY parent_id <> '', begun LIMIT 1)
+    (SELECT service FROM spans AS root WHERE root.trace_id = spans.trace_id ORDER BY parent_id <> '', begun LIMIT 1),
+    (SELECT kind FROM spans AS root WHERE root.trace_id = spans.trace_id ORDER BY parent_id <> '', begun LIMIT 1),
+    (SELECT name FROM spans AS first WHERE first.trace_id = spans.trace_id AND kind = 'consumer' AND parent_id <> ''
+        ORDER BY begun LIMIT 1)
 FROM spans WHERE trace_id = ? GROUP BY trace_id
 """
+
+
+class TraceQuery(BaseModel):
+    """Which traces to list.
+
+    Attributes:
+        service: Only those with a span of this service.
+        q: Only those with this text in a span, whatever its case; or the one with this trace id.
+        errors: Only those with a failed span.
+        background: Also those that begin with a consumer: batches of messages, which belong to no one request.
+    """
+
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+    service: str = ""
+    q: str = ""
+    errors: bool = False
+    background: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,28 +113,28 @@ class Spans:
         """Keep spans; one that came before is replaced."""
         rows = [
             (
-                *(s.trace_id, s.span_id, s.parent_id, s.service, s.name),
+                *(s.trace_id, s.span_id, s.parent_id, s.service, s.name, s.kind),
                 *(s.start_nanoseconds, s.end_nanoseconds, s.failed, json.dumps(asdict(s))),
             )
             for s in spans
         ]
         with self._open() as database:
-            database.executemany("INSERT OR REPLACE INTO spans VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            database.executemany("INSERT OR REPLACE INTO spans VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
             database.executemany(COUNT, [(trace_id,) for trace_id in {span.trace_id for span in spans}])
             self._forget(database)
 
-    def find(self, *, limit: int, service: str = "", text: str = "", errors: bool = False) -> list[dict[str, Any]]:
-        """The newest traces first: those of a service, with a text in a span, with errors."""
+    def find(self, wanted: TraceQuery) -> list[dict[str, Any]]:
+        """The newest traces first."""
         where = """
-            SELECT trace_id, begun, ended, spans, errors, orphans, services, name, service FROM traces
+            SELECT trace_id, begun, ended, spans, errors, orphans, services, name, service, task FROM traces
             WHERE (:service = '' OR ',' || services || ',' LIKE '%,' || :service || ',%')
-              AND (NOT :errors OR errors > 0)
-              AND (:text = '' OR trace_id = :text OR EXISTS (
-                  SELECT 1 FROM spans WHERE spans.trace_id = traces.trace_id AND instr(lower(span), lower(:text)) > 0))
+              AND (NOT :errors OR errors > 0) AND (:background OR kind <> 'consumer')
+              AND (:q = '' OR trace_id = :q OR EXISTS (
+                  SELECT 1 FROM spans WHERE spans.trace_id = traces.trace_id AND instr(lower(span), lower(:q)) > 0))
             ORDER BY begun DESC LIMIT :limit
         """
         with self._open() as database:
-            rows = database.execute(where, {"limit": limit, "service": service, "text": text, "errors": errors})
+            rows = database.execute(where, wanted.model_dump())
             return [_summary(row) for row in rows.fetchall()]
 
     def services(self) -> list[str]:
@@ -119,7 +144,7 @@ class Spans:
 
     def get(self, trace_id: str) -> tuple[dict[str, Any], list[TraceSpan]] | None:
         """A trace's line and its spans, each behind its parent; None if no span of it is known."""
-        columns = "trace_id, begun, ended, spans, errors, orphans, services, name, service"
+        columns = "trace_id, begun, ended, spans, errors, orphans, services, name, service, task"
         with self._open() as database:
             row = database.execute(f"SELECT {columns} FROM traces WHERE trace_id = ?", (trace_id,)).fetchone()  # noqa: S608 - a constant
             found = database.execute("SELECT span FROM spans WHERE trace_id = ? ORDER BY begun", (trace_id,)).fetchall()
@@ -144,11 +169,13 @@ class Spans:
 
 
 def _summary(row: tuple[Any, ...]) -> dict[str, Any]:
-    trace_id, begun, ended, spans, errors, orphans, services, name, service = row
+    trace_id, begun, ended, spans, errors, orphans, services, name, service, task = row
     return {
         "trace_id": trace_id,
         "name": name,
         "service": service,
+        # "process billing.invoice.issue": the task that the request asked for.
+        "task": (task or "").removeprefix("process "),
         "services": services.split(","),
         "started_at": datetime.fromtimestamp(begun / 1e9, UTC)
         .isoformat(timespec="milliseconds")

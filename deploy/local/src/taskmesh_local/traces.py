@@ -12,13 +12,17 @@ from fastapi.responses import HTMLResponse
 from taskmesh.parts.spans import read_spans
 from taskmesh_local import web
 from taskmesh_local.folders import Folders
-from taskmesh_local.spans import Spans
-
-Limit = Annotated[int, Query(ge=1, le=1000)]
+from taskmesh_local.spans import Spans, TraceQuery
 
 # The services of this repository keep their colours; any other takes one of the rest by its name.
 COLORS = {"gateway": 0, "billing-worker": 1, "email-worker": 2}
 OTHER_COLORS = 5
+
+
+class PageQuery(TraceQuery):
+    """The page leaves background work out unless asked: it would drown the requests."""
+
+    background: bool = False
 
 
 def application(spans: Spans) -> FastAPI:
@@ -44,17 +48,11 @@ def application(spans: Spans) -> FastAPI:
         return _accepted(request.headers.get("content-type", "application/x-protobuf"))
 
     @router.get("/", response_class=HTMLResponse)
-    def show_list(request: Request, service: str = "", q: str = "", errors: bool = False) -> Response:  # noqa: FBT001, FBT002 - a query
-        found = spans.find(limit=100, service=service, text=q, errors=errors)
+    def show_list(request: Request, wanted: Annotated[PageQuery, Query()]) -> Response:
+        found = spans.find(wanted)
         longest = max((trace["duration_ms"] for trace in found), default=1) or 1
-        values: dict[str, Any] = {
-            "services": spans.services(),
-            "service": service,
-            "q": q,
-            "errors": errors,
-            "color": _color,
-        }
-        return web.page(request, "traces.html", traces=found, longest=longest, **values)
+        values = {"traces": found, "longest": longest, "wanted": wanted, "services": spans.services()}
+        return web.page(request, "traces.html", values | {"color": _color})
 
     @router.get("/traces/{trace_id}", response_class=HTMLResponse)
     def show_trace(request: Request, trace_id: str) -> Response:
@@ -63,11 +61,11 @@ def application(spans: Spans) -> FastAPI:
             raise HTTPException(404, "No span of this trace has come yet.")
         trace, tree = found
         whole = trace["duration_ms"] or 1
-        return web.page(request, "trace.html", trace=trace, tree=tree, whole=whole, color=_color)
+        return web.page(request, "trace.html", {"trace": trace, "tree": tree, "whole": whole, "color": _color})
 
     @router.get("/api/traces")
-    def list_traces(limit: Limit = 50, service: str = "", q: str = "", errors: bool = False) -> dict[str, Any]:  # noqa: FBT001, FBT002 - a query
-        return {"items": spans.find(limit=limit, service=service, text=q, errors=errors)}
+    def list_traces(wanted: Annotated[TraceQuery, Query()]) -> dict[str, Any]:
+        return {"items": spans.find(wanted)}
 
     @router.get("/api/traces/{trace_id}")
     def get_trace(trace_id: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -45,15 +45,16 @@ def application(title: str) -> FastAPI:
     async def show_error(request: Request, error: HTTPException) -> Response:
         if request.url.path.startswith("/api/"):
             return JSONResponse({"detail": error.detail}, error.status_code)
-        return page(request, "error.html", status_code=error.status_code, detail=error.detail)
+        values = {"status_code": error.status_code, "detail": error.detail}
+        return page(request, "error.html", values, status_code=error.status_code)
 
     return app
 
 
-def page(request: Request, template: str, *, status_code: int = 200, **values: Any) -> HTMLResponse:
+def page(request: Request, template: str, values: Mapping[str, Any], *, status_code: int = 200) -> HTMLResponse:
     """A rendered page."""
-    values |= {"title": request.app.title, "status_code": status_code}
-    return HTMLResponse(_templates.get_template(template).render(values), status_code)
+    shown = {**values, "title": request.app.title}
+    return HTMLResponse(_templates.get_template(template).render(shown), status_code)
 
 
 def content_disposition(name: str, *, inline: bool) -> str:

@@ -1,0 +1,46 @@
+# Everything a newcomer types. Needs git, make and Python 3.11 or newer; the rest is fetched when it is first needed.
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+PYTHON := .venv/bin/python
+LOCAL := $(PYTHON) -m taskmesh_local
+# Made by deploy/local/bootstrap once the workspace is installed; older than the lock means: install again.
+INSTALLED := .venv/.installed
+
+.PHONY: help install up down status logs demo test check fmt
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(INSTALLED): uv.lock pyproject.toml $(wildcard shared/pyproject.toml services/*/pyproject.toml deploy/*/pyproject.toml) deploy/local/bootstrap
+	@deploy/local/bootstrap
+	@touch $@
+
+install: $(INSTALLED) ## Install the workspace into .venv, nothing else
+
+up: $(INSTALLED) ## Start the whole mesh, or one process: make up name=gateway-api
+	@$(LOCAL) up $(name)
+
+down: $(INSTALLED) ## Stop everything; the data stays (make down purge=1 deletes it)
+	@$(LOCAL) down $(if $(purge),--purge)
+
+status: $(INSTALLED) ## Show every process, and whether it is up
+	@$(LOCAL) status
+
+logs: $(INSTALLED) ## Print the logs: make logs name=billing-worker follow=1
+	@$(LOCAL) logs $(name) $(if $(follow),--follow)
+
+demo: $(INSTALLED) ## Send 30 invoices through the mesh and watch them; starts the mesh when it is down
+	@$(LOCAL) demo $(args)
+
+test: $(INSTALLED) ## Run all tests but the fault campaign, with real servers they start themselves
+	@$(PYTHON) -m pytest -n 2 -m "not faults" $(args)
+
+check: $(INSTALLED) ## Lint, formatting, types, and who may import whom
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy -p taskmesh -p gateway -p billing_worker -p email_worker -p taskmesh_local
+	@.venv/bin/lint-imports
+
+fmt: $(INSTALLED) ## Format the code, and mend what the linter can mend
+	@$(PYTHON) -m ruff check --fix-only --quiet .
+	@$(PYTHON) -m ruff format .
