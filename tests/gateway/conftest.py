@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +28,6 @@ from gateway.scopes import Scope
 from gateway.settings import ApiSettings
 from gateway.transactions import open_engine
 from taskmesh import database
-from taskmesh.contracts.billing import IssueInvoice
 from taskmesh.contracts.lifecycle import TaskKind
 from taskmesh.contracts.manifest import Manifest, TypeManifest
 
@@ -74,17 +73,6 @@ def listener() -> TypeManifest:
     return TypeManifest(
         type="billing.invoice.issued", kind=TaskKind.EVENT, queue="greeter.events", payload_schema={"type": "object"}
     )
-
-
-def invoicing() -> Manifest:
-    """What billing announces, as far as these tests need it."""
-    issue = TypeManifest(
-        type=IssueInvoice.type_name,
-        kind=TaskKind.COMMAND,
-        queue="billing",
-        payload_schema=IssueInvoice.model_json_schema(),
-    )
-    return manifest(issue, service="billing")
 
 
 @pytest.fixture(scope="session")
@@ -179,9 +167,17 @@ async def api(gateway_engine: AsyncEngine, gateway_url: str) -> AsyncIterator[Ap
         yield running_api
 
 
-Advance = Callable[..., Awaitable[int]]
+@pytest.fixture
+def serve_gateway() -> Callable[..., contextlib.AbstractAsyncContextManager[Api]]:
+    """Call it with a database URL and settings for a gateway that the test runs itself."""
 
+    @contextlib.asynccontextmanager
+    async def serve(url: str, **settings: Any) -> AsyncIterator[Api]:
+        engine = open_engine(SecretStr(url), pool_size=2, wait_seconds=5, role="test")
+        try:
+            async with running(engine, url, **settings) as api:
+                yield api
+        finally:
+            await engine.dispose()
 
-def pointers(response: httpx.Response) -> Sequence[str]:
-    """The fields that a problem document names."""
-    return [error["pointer"] for error in response.json()["errors"]]
+    return serve

@@ -97,7 +97,7 @@ class Catalogue:
             asked_at = time.monotonic()
             async with self._reading:
                 # Whoever waited for the lock may find that it was read meanwhile.
-                if self._read_at < asked_at:
+                if self._read_at < asked_at - max_age_seconds:
                     await self._read()
         return self._snapshot
 

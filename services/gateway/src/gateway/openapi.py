@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from gateway.catalogue import KnownType, Snapshot
-from gateway.problems import KINDS, ProblemDocument
+from gateway.problems import KINDS, ProblemDocument, declare
 from gateway.samples import sample
 
 TITLE: Final = "Taskmesh gateway"
@@ -49,6 +49,13 @@ class LiveOpenApi:
         schemas.update(problem.pop("$defs", {}))
         problem["properties"]["code"]["enum"] = sorted(KINDS)
         schemas["ProblemDocument"] = problem
+        # FastAPI declares its own form of a validation error, which this application never answers with.
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+                    operation["responses"]["422"] = declare("invalid_request")[422]
+        for unused in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(unused, None)
         return document
 
 

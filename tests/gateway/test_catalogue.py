@@ -1,0 +1,206 @@
+"""The catalogue: what workers announce is known at once, shown as it is, and checked before anything is stored."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import event as sqlalchemy_event
+
+from gateway import catalogue
+from gateway.catalogue import Catalogue
+from gateway.payloads import PayloadValidator, UnusableSchema
+from taskmesh.contracts.billing import IssueInvoice
+from taskmesh.contracts.lifecycle import TaskKind
+from taskmesh.contracts.manifest import Manifest, TypeManifest
+
+
+def announcement(service: str = "printer", *types: TypeManifest, at: datetime | None = None, **fields: Any) -> Manifest:
+    return Manifest(service=service, release="1", types=types or (command(),), announced_at=at or datetime.now(UTC), **fields)
+
+
+def command(name: str = "printer.page.print", schema: dict[str, Any] | None = None, **fields: Any) -> TypeManifest:
+    return TypeManifest(type=name, kind=TaskKind.COMMAND, queue="printer", payload_schema=schema or {"type": "object"}, **fields)
+
+
+async def test_the_types_are_listed_as_they_were_announced(api):
+    listed = (await api.http.get("/v1/types")).json()["items"]
+
+    assert [(item["type"], item["service"], item["kind"]) for item in listed] == [
+        ("billing.invoice.issued", "greeter", "event"),
+        ("greeter.person.greet", "greeter", "command"),
+    ]
+    assert set(listed[1]) == {
+        "type", "service", "kind", "version", "title", "description", "payload_schema", "max_attempts", "queue",
+        "announced_at",
+    }
+    one = await api.http.get("/v1/types/greeter.person.greet")
+    assert one.json() == listed[1]
+
+
+async def test_a_worker_that_joins_is_known_without_a_restart(api):
+    before = await api.http.post("/v1/tasks", json={"type": "printer.page.print", "payload": {}})
+
+    await api.announce(announcement())
+
+    after = await api.http.post("/v1/tasks", json={"type": "printer.page.print", "payload": {}})
+    document = (await api.http.get("/openapi.json")).json()
+    assert (before.status_code, after.status_code) == (404, 202)
+    assert after.json()["service"] == "printer"
+    assert "printer.page.print" in document["components"]["schemas"]
+
+
+async def test_a_changed_schema_is_used_within_a_second(api):
+    await api.announce(announcement())
+    request = {"type": "printer.page.print", "payload": {}}
+    assert (await api.http.post("/v1/tasks", json=request)).status_code == 202
+
+    await api.announce(announcement("printer", command(schema={"type": "object", "required": ["page"]})))
+
+    async with asyncio.timeout(5):
+        while (await api.http.post("/v1/tasks", json=request)).status_code == 202:
+            await asyncio.sleep(0.1)
+
+
+async def test_the_newest_announcement_wins_whenever_it_comes(api):
+    now = datetime.now(UTC)
+
+    async with api.engine.begin() as connection:
+        newer = await catalogue.store(connection, announcement("printer", command("printer.a.b"), at=now))
+        older = await catalogue.store(
+            connection, announcement("printer", command("printer.c.d"), at=now - timedelta(seconds=1))
+        )
+
+    types = {item["type"] for item in (await api.http.get("/v1/types")).json()["items"]}
+    assert (newer, older) == (True, False)
+    assert "printer.a.b" in types
+    assert "printer.c.d" not in types
+
+
+async def test_an_announcement_that_says_nothing_new_changes_nothing(gateway_engine):
+    now = datetime.now(UTC)
+
+    async with gateway_engine.begin() as connection:
+        first = await catalogue.store(connection, announcement(at=now))
+        again = await catalogue.store(connection, announcement(at=now + timedelta(seconds=30)))
+
+    assert (first, again) == (True, False)
+
+
+async def test_a_hundred_askers_at_once_are_one_query(gateway_engine):
+    known = Catalogue(gateway_engine)
+    statements: list[str] = []
+    sqlalchemy_event.listen(
+        gateway_engine.sync_engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2])
+    )
+
+    await asyncio.gather(*(known.current() for _ in range(100)))
+
+    assert len(statements) == 1
+
+
+async def test_one_unusable_schema_leaves_the_other_types_alone(api):
+    broken = command("printer.bad.one", schema={"type": "no such type"})
+
+    await api.announce(announcement("printer", broken, command()))
+
+    types = {item["type"] for item in (await api.http.get("/v1/types")).json()["items"]}
+    assert "printer.page.print" in types
+    assert "printer.bad.one" not in types
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"type": 7}, {"$ref": "https://example.com/schema.json"}, {"$ref": "#/$defs/Missing"}, {"properties": {"a": {"$ref": "other.json"}}}],
+)
+def test_a_schema_that_needs_anything_outside_itself_is_refused(schema):
+    with pytest.raises(UnusableSchema):
+        PayloadValidator(schema)
+
+
+def test_an_invoice_is_held_against_the_schema_that_billing_announces():
+    """The faults of the demo's three bad invoices are named by their fields."""
+    validator = PayloadValidator(IssueInvoice.model_json_schema())
+    good = {
+        "buyer": {"name": "Ada", "address": ["1 Way"], "country": "GB", "email": "ada@example.com"},
+        "currency": "EUR",
+        "lines": [{"description": "Work", "unit_price": "1.00", "tax": {"rate": "19"}}],
+    }
+
+    def faults(**changes: Any) -> set[str]:
+        return {error.pointer for error in validator.errors(good | changes)}
+
+    assert faults() == set()
+    assert faults(supply_date="2026-02-30") == {"/payload/supply_date"}
+    assert faults(currency="euro", lines=[]) == {"/payload/currency", "/payload/lines"}
+    assert faults(lines=[good["lines"][0] | {"unit_price": 1.0}]) == {"/payload/lines/0/unit_price"}
+    assert faults(buyer=good["buyer"] | {"vat_id": "?"}) == {"/payload/buyer/vat_id"}
+    assert faults(lines=[{"description": "x", "unit_price": "1", "tax": {"rate": "1", "category": "Q"}}]) == {
+        "/payload/lines/0/tax/category"
+    }
+
+
+async def test_the_openapi_document_describes_each_command_and_refers_to_nothing_that_is_missing(api):
+    await api.announce(announcement("billing", command(IssueInvoice.type_name, IssueInvoice.model_json_schema())))
+
+    document = (await api.http.get("/openapi.json")).json()
+
+    schemas = document["components"]["schemas"]
+    body = document["paths"]["/v1/tasks"]["post"]["requestBody"]["content"]["application/json"]
+    assert set(body["schema"]["discriminator"]["mapping"]) == {"greeter.person.greet", "billing.invoice.issue"}
+    assert schemas["TaskSubmission.greeter.person.greet"]["properties"]["payload"]["$ref"].endswith("/greeter.person.greet")
+    assert schemas["billing.invoice.issue"]["properties"]["buyer"]["$ref"].endswith("/billing.invoice.issue.Buyer")
+    assert body["examples"]["greeter.person.greet"]["value"] == {
+        "type": "greeter.person.greet", "payload": {"name": "text"},
+    }
+    missing = {
+        reference
+        for reference in _references(document)
+        if reference.removeprefix("#/components/schemas/") not in schemas
+    }
+    assert missing == set()
+
+
+async def test_every_route_declares_its_problems(api):
+    document = (await api.http.get("/openapi.json")).json()
+
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            if path.startswith("/v1/"):
+                assert {"401", "403", "500", "503"} <= operation["responses"].keys(), (method, path)
+                for status, response in operation["responses"].items():
+                    if status >= "400":
+                        assert set(response["content"]) == {"application/problem+json"}, (method, path, status)
+
+
+async def test_the_documentation_page_is_there(api):
+    response = await api.http.get("/docs")
+
+    assert response.status_code == 200
+    assert "/openapi.json" in response.text
+
+
+def _references(node: Any) -> set[str]:
+    if isinstance(node, dict):
+        own = {node["$ref"]} if isinstance(node.get("$ref"), str) else set()
+        return own.union(*(_references(value) for value in node.values()))
+    if isinstance(node, list):
+        return set().union(*(_references(value) for value in node))
+    return set()
+
+
+async def test_the_openapi_document_without_any_worker_still_describes_a_submission(api):
+    from sqlalchemy import delete
+
+    from gateway.models import manifests
+
+    async with api.engine.begin() as connection:
+        await connection.execute(delete(manifests))
+
+    document = (await api.http.get("/openapi.json")).json()
+
+    body = document["paths"]["/v1/tasks"]["post"]["requestBody"]["content"]["application/json"]
+    assert json.dumps(body["schema"]) == '{"$ref": "#/components/schemas/TaskSubmission"}'
