@@ -24,13 +24,14 @@ def line(unit_price: str, rate: str = "19", quantity: str = "1", **tax: Any) -> 
 
 
 def decimals(*, min_value: int, places: int) -> st.SearchStrategy[str]:
-    return st.decimals(min_value=min_value, max_value=10**6, places=places, allow_nan=False).map(lambda d: f"{d:f}")
+    # Thirty lines of these, in the currency with the most decimals, stay within the limit of an amount.
+    return st.decimals(min_value=min_value, max_value=10**5, places=places, allow_nan=False).map(lambda d: f"{d:f}")
 
 
 LINES = st.lists(
     st.builds(
         line,
-        st.integers(0, 12).flatmap(lambda places: decimals(min_value=-(10**6), places=places)),
+        st.integers(0, 12).flatmap(lambda places: decimals(min_value=-(10**5), places=places)),
         st.sampled_from(["19", "19.00", "7", "10", "8.1", "0.0001", "100"]),
         st.integers(0, 12).flatmap(lambda places: decimals(min_value=0, places=places)),
     )

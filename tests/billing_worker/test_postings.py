@@ -18,6 +18,11 @@ from taskmesh.contracts.billing import IssueInvoice
 
 BALANCED = [Entry(Account.RECEIVABLE, 119), Entry(Account.REVENUE, -100), Entry(Account.VAT_PAYABLE, -19)]
 
+ADD_TO_POSTED = """
+    insert into ledger_entries (transaction_id, account, currency, amount_minor)
+    select id, 'revenue', 'EUR', unnest(array[-5, 5]) from ledger_transactions
+"""
+
 
 def sqlstate(error: DBAPIError) -> Any:
     return getattr(error.orig, "sqlstate", None)
@@ -105,11 +110,7 @@ def test_one_source_is_posted_once(sessions: sessionmaker[Session]) -> None:
         ("update ledger_transactions set kind = 'refund'", "0A000"),
         ("delete from ledger_transactions", "0A000"),
         ("truncate ledger_entries, ledger_transactions", "0A000"),
-        (
-            "insert into ledger_entries (transaction_id, account, currency, amount_minor) "
-            "select id, 'revenue', 'EUR', unnest(array[-5, 5]) from ledger_transactions",
-            "23514",
-        ),
+        (ADD_TO_POSTED, "23514"),
     ],
 )
 def test_what_is_posted_stays_as_it_is(sessions: sessionmaker[Session], change: str, state: str) -> None:

@@ -139,6 +139,13 @@ def test_a_folder_that_cannot_be_written_is_unavailable(store: ObjectStore, fold
         store.put(b"x", PDF)
 
 
+def test_a_folder_that_cannot_be_made_is_unavailable(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+
+    with pytest.raises(ObjectStoreUnavailable):
+        ObjectStore.open((tmp_path / "file" / "objects").as_uri())
+
+
 def test_s3_keeps_objects_under_the_prefix_with_their_media_type(s3: S3Double) -> None:
     store = ObjectStore.open(SecretStr(s3.url))
 

@@ -10,13 +10,13 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Annotated, Any, ClassVar, NoReturn
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import obstore
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, S3Store
-from pydantic import SecretStr
+from pydantic import AfterValidator, SecretStr
 
 from taskmesh.errors import NotFound, ObjectStoreUnavailable, PermanentError
 
@@ -70,19 +70,19 @@ class ObjectStore:
             max_bytes: Larger objects are refused, both ways.
 
         Raises:
-            ValueError: The URL is of another kind.
+            ValueError: The URL is of another kind; see `StoreUrl`.
+            ObjectStoreUnavailable: The folder cannot be made.
         """
         plain = url.get_secret_value() if isinstance(url, SecretStr) else url
-        parts = urlsplit(plain)
-        match parts.scheme:
-            case "file":
-                if parts.netloc not in {"", "localhost"} or not parts.path.startswith("/"):
-                    raise ValueError("an object store in a folder reads file:///absolute/path")
-                return cls(_local(Path(unquote(parts.path))), max_bytes=max_bytes)
-            case "s3":
-                return cls(_s3(plain), max_bytes=max_bytes)
-            case _:
-                raise ValueError("an object store URL starts with file:// or s3://")
+        check_url(plain)
+        if plain.startswith("s3:"):
+            return cls(_s3(plain), max_bytes=max_bytes)
+        folder = Path(unquote(urlsplit(plain).path))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return cls(LocalStore(folder), max_bytes=max_bytes)
+        except (BaseError, OSError) as error:
+            raise ObjectStoreUnavailable(f"cannot open the object store's folder: {type(error).__name__}") from error
 
     def put(self, data: bytes, media_type: str) -> StoredObject:
         """Store the bytes, and return what they are called. Repeating it changes nothing, and heals a damaged copy.
@@ -137,25 +137,45 @@ def _unavailable(verb: str, sha256: str, error: Exception) -> NoReturn:
     raise ObjectStoreUnavailable(f"could not {verb} object {sha256}: {type(error).__name__}") from error
 
 
-def _local(folder: Path) -> LocalStore:
-    folder.mkdir(parents=True, exist_ok=True)
-    return LocalStore(folder)
+def check_url(url: str) -> None:
+    """Refuse what names no object store.
+
+    Raises:
+        ValueError: With what is wrong, without the URL, which may hold credentials.
+    """
+    parts = urlsplit(url)
+    match parts.scheme:
+        case "file":
+            if parts.netloc not in {"", "localhost"} or not parts.path.startswith("/"):
+                raise ValueError("an object store in a folder reads file:///absolute/path")
+        case "s3":
+            if not parts.hostname:
+                raise ValueError("an object store in S3 reads s3://bucket/prefix?endpoint=...&region=...")
+            unknown = sorted(parse_qs(parts.query).keys() - S3_OPTIONS)
+            if unknown:
+                raise ValueError(f"unknown S3 option {', '.join(unknown)}; there are {', '.join(sorted(S3_OPTIONS))}")
+        case _:
+            raise ValueError("an object store URL starts with file:// or s3://")
+
+
+def _checked(url: SecretStr) -> SecretStr:
+    check_url(url.get_secret_value())
+    return url
+
+
+StoreUrl = Annotated[SecretStr, AfterValidator(_checked)]
+"""The type of a setting that names an object store: a wrong one stops the process at start."""
 
 
 def _s3(url: str) -> S3Store:
     parts = urlsplit(url)
-    if not parts.hostname:
-        raise ValueError("an object store in S3 reads s3://bucket/prefix?endpoint=...&region=...")
     options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
-    unknown = sorted(options.keys() - S3_OPTIONS)
-    if unknown:
-        raise ValueError(f"unknown S3 option {', '.join(unknown)}; there are {', '.join(sorted(S3_OPTIONS))}")
     config: dict[str, Any] = dict(options)
     if parts.username and parts.password:
         config["access_key_id"] = unquote(parts.username)
         config["secret_access_key"] = unquote(parts.password)
     return S3Store(
-        parts.hostname,
+        parts.hostname or "",
         prefix=parts.path.strip("/") or None,
         # Retries over minutes are the task's; the client only rides out a hiccup.
         client_options={

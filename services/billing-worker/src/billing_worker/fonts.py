@@ -9,8 +9,8 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 # Family, the package that carries it, and the folder inside. Greek and Cyrillic are in Noto Sans; the Japanese cut of
-# Noto Sans CJK has Chinese and Korean too, in the shapes that Japanese readers expect. Arabic is not Noto's: its letters
-# are put together from strokes and dots, and what is copied or searched in the PDF comes out garbled.
+# Noto Sans CJK has Chinese and Korean too, in the shapes that Japanese readers expect. Arabic is not Noto's: it puts
+# letters together from strokes and dots, and what is copied or searched in the PDF comes out garbled.
 _PACKAGES = (
     ("Noto Sans", "fontpkg_noto_sans", "files"),
     ("Amiri", "fontpkg_amiri", "files"),

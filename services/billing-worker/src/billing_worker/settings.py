@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from taskmesh.contracts.billing import VatId
+from taskmesh.objects import StoreUrl
 from taskmesh.settings import WorkerSettings
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=200, strip_whitespace=True)]
@@ -37,7 +38,7 @@ class Seller(BaseModel):
 class BillingSettings(WorkerSettings):
     """The worker's settings; `TASKMESH_SELLER_*` is the company that issues the invoices."""
 
-    object_store_url: SecretStr
+    object_store_url: StoreUrl
     """`file:///absolute/folder`, or `s3://bucket/prefix?endpoint=...&region=...`."""
     seller_name: Text
     seller_address: Annotated[Text, AfterValidator(_lines)]

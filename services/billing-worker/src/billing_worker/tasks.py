@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from billing_worker import documents, invoices, rendering
 from billing_worker.rendering import Renderer
-from billing_worker.settings import BillingSettings
 from taskmesh import telemetry
 from taskmesh.celery_protocol import TENANT_HEADER
 from taskmesh.contracts.billing import IssueInvoice, RenderDocument
@@ -25,14 +25,13 @@ class Tools:
     objects: ObjectStore
 
 
-_tools: Tools | None = None
+@cache
+def tools() -> Tools:
+    """This process's own renderer and object store, made when a task first needs them.
 
-
-@app.on_process_start
-def equip(settings: BillingSettings) -> None:
-    """Give this process its own renderer and object store."""
-    global _tools  # noqa: PLW0603 - one for each process is the point
-    _tools = Tools(Renderer(), ObjectStore.open(settings.object_store_url))
+    Not when the process starts: an object store that is away then must put tasks off, not fail them.
+    """
+    return Tools(Renderer(), ObjectStore.open(app.settings.object_store_url))
 
 
 @app.task(IssueInvoice)
@@ -74,17 +73,15 @@ def render_document(self: MeshTask, command: RenderDocument) -> dict[str, Any]:
         InvoiceUnknown, RenderingFailed: The task fails.
         ObjectStoreUnavailable: Retried.
     """
-    if _tools is None:
-        raise RuntimeError("the process was not started by the worker: call app.start_process() first")
     with self.transaction() as session:
         invoice = invoices.get_invoice(session, command.invoice_id)
         known = documents.find_document(session, invoice.id, command.kind, rendering.TEMPLATE_VERSION)
     if known is not None:
         return _result(known, invoice, stored=False)
     with telemetry.tracer().start_as_current_span("render document"):
-        content = _tools.renderer.render(invoice)
+        content = tools().renderer.render(invoice)
     with telemetry.tracer().start_as_current_span("store document"):
-        stored = _tools.objects.put(content, rendering.MEDIA_TYPE)
+        stored = tools().objects.put(content, rendering.MEDIA_TYPE)
     document = documents.insert_document(
         self.session,
         invoice,
