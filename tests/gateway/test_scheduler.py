@@ -17,7 +17,6 @@ import pytest_asyncio
 from sqlalchemy import func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-import gateway
 from gateway import models, schedules
 from gateway.scheduler import GRACE, SLOTS_A_STEP, Scheduler, find_next_fire, fire_due, plan
 from gateway.schedules import Definition, Fire, Misfire, Outcome, Overlap, Reason, Schedule
@@ -25,7 +24,6 @@ from taskmesh import database
 from taskmesh.health import Health
 from taskmesh.outbox import outbox
 
-MIGRATIONS = Path(gateway.__file__).parent / "migrations"
 NOON = datetime(2026, 6, 1, 12, tzinfo=UTC)
 
 
@@ -34,13 +32,10 @@ def seconds(count: float) -> datetime:
     return NOON + timedelta(seconds=count)
 
 
-@pytest_asyncio.fixture
-async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
+@pytest.fixture
+def engine(gateway_engine: AsyncEngine) -> AsyncEngine:
     """A migrated database of the gateway's."""
-    database.migrate(database_url, scripts=MIGRATIONS)
-    engine = database.async_engine(database_url)
-    yield engine
-    await engine.dispose()
+    return gateway_engine
 
 
 def every_two_seconds(**changes: Any) -> Definition:
@@ -289,15 +284,17 @@ async def test_a_nightly_fires_once_each_night_of_2026_in_berlin(engine: AsyncEn
 
     fires = []
     while now < end:
-        # Every quarter of an hour around the clock changes, twice a day otherwise.
+        # Every quarter of an hour around the clock changes, once a day otherwise.
         changing = now.date() in {datetime(2026, month, day, tzinfo=UTC).date() for month, day in CHANGES}
-        now += timedelta(minutes=15) if changing else timedelta(hours=12)
+        now += timedelta(minutes=15) if changing else timedelta(days=1)
         fires += await fire(engine, now)
 
     nights = [f.fire_at.astimezone(berlin).date() for f in fires if f.outcome is Outcome.SUBMITTED]
     assert len(nights) == len(set(nights)) == 365
     assert [f for f in fires if f.outcome is Outcome.SKIPPED] == []
-    spring, autumn = (f for f in fires if f.fire_at.astimezone(berlin).date().isoformat() in {"2026-03-29", "2026-10-25"})
+    spring, autumn = (
+        f for f in fires if f.fire_at.astimezone(berlin).date().isoformat() in {"2026-03-29", "2026-10-25"}
+    )
     assert spring.fire_at == datetime(2026, 3, 29, 1, 0, tzinfo=UTC)
     assert autumn.fire_at == datetime(2026, 10, 25, 0, 30, tzinfo=UTC)
 
@@ -377,10 +374,10 @@ asyncio.run(main())
 """
 
 
-async def test_a_scheduler_killed_before_its_commit_loses_no_fire(engine: AsyncEngine, database_url: str) -> None:
+async def test_a_scheduler_killed_before_its_commit_loses_no_fire(engine: AsyncEngine, gateway_url: str) -> None:
     """While it lives its schedule is left to it; killed with everything written, another fires the slot."""
     schedule = await create(engine, every_two_seconds())
-    arguments = (sys.executable, "-c", FIRE_AND_HANG, database_url, NOON.isoformat())
+    arguments = (sys.executable, "-c", FIRE_AND_HANG, gateway_url, NOON.isoformat())
     process = await asyncio.create_subprocess_exec(*arguments, stdout=asyncio.subprocess.PIPE)
     assert process.stdout is not None
     assert await process.stdout.readline() == b"1\n"
@@ -438,7 +435,9 @@ async def test_the_scheduler_outlasts_the_database(engine: AsyncEngine, schedule
         now = await schedules.clock(connection)
         definition = Definition(name="tick", type="a.b", interval_seconds=1, ends_at=now + timedelta(seconds=4))
         schedule = await schedules.create(connection, definition, now=now)
-    cut = text("select pg_terminate_backend(pid) from pg_stat_activity where datname = :name and pid <> pg_backend_pid()")
+    cut = text(
+        "select pg_terminate_backend(pid) from pg_stat_activity where datname = :name and pid <> pg_backend_pid()"
+    )
     admin = database.async_engine(postgres)
 
     for _ in range(5):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,27 +12,21 @@ import pytest_asyncio
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-import gateway
 from gateway import models, schedules
 from gateway.schedules import Definition, Schedule
 from gateway.timetable import InvalidTimetable
-from taskmesh import database
 from taskmesh.contracts.manifest import Manifest, ScheduleManifest
 from taskmesh.errors import ConflictError, NotFound
 
-MIGRATIONS = Path(gateway.__file__).parent / "migrations"
 NOON = datetime(2026, 6, 1, 12, tzinfo=UTC)
 HOURLY = Definition(name="hourly", type="billing.close", cron="0 * * * *")
 
 
 @pytest_asyncio.fixture
-async def connection(database_url: str) -> AsyncIterator[AsyncConnection]:
+async def connection(gateway_engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     """One transaction on a migrated database."""
-    database.migrate(database_url, scripts=MIGRATIONS)
-    engine: AsyncEngine = database.async_engine(database_url)
-    async with engine.connect() as connection, connection.begin():
+    async with gateway_engine.connect() as connection, connection.begin():
         yield connection
-    await engine.dispose()
 
 
 async def test_a_name_is_given_once(connection: AsyncConnection) -> None:

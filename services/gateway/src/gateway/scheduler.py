@@ -16,6 +16,7 @@ from uuid import UUID, uuid5
 
 import psycopg
 from opentelemetry.context import Context
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from sqlalchemy import func, or_, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -33,6 +34,7 @@ from taskmesh.errors import DatabaseUnavailable
 from taskmesh.health import Health
 
 logger = logging.getLogger(__name__)
+_trace_ids = RandomIdGenerator()
 
 GRACE = timedelta(seconds=5)
 """A fire this late is on time: a busy machine or a database that restarts is not downtime."""
@@ -45,6 +47,7 @@ RETRY_AFTER = timedelta(seconds=30)
 
 LOCKED_PAUSE_SECONDS = 0.05
 """Pause when all that is due is locked by another scheduler, which is about to commit."""
+
 
 @dataclass(frozen=True, slots=True)
 class TypeOwner:
@@ -65,6 +68,9 @@ _FIND_TYPE = text(
 
 LISTEN_AGAIN_SECONDS = 2.0
 """How long to wait before listening again after the connection was lost."""
+
+LONGEST_PAUSE_SECONDS = 10.0
+"""However rarely the schedules are polled, the process shows that it is alive."""
 
 PRUNE_EVERY = timedelta(minutes=10)
 PRUNE_LIMIT = 10_000
@@ -214,7 +220,7 @@ class Scheduler:
         self._engine = engine
         self._health = health
         self._wake = wake or asyncio.Event()
-        self._poll_seconds = poll_seconds
+        self._poll_seconds = min(poll_seconds, LONGEST_PAUSE_SECONDS)
         self._prune_at: datetime | None = None
         self._failures = 0
 
@@ -333,8 +339,13 @@ def _task(schedule: Schedule, fire: Fire, owner: TypeOwner | None) -> NewTask:
             schedule_id=schedule.id,
             api_key_id=schedule.api_key_id,
             created_at=fire.fired_at,
-            traceparent=telemetry.current_traceparent(),
+            traceparent=telemetry.current_traceparent() or _unrecorded_traceparent(),
         )
+
+
+def _unrecorded_traceparent() -> str:
+    # A trace id costs nothing and links the task's log lines; its flags say that nobody records it.
+    return f"00-{_trace_ids.generate_trace_id():032x}-{_trace_ids.generate_span_id():016x}-00"
 
 
 async def _find_type(connection: AsyncConnection, type_name: str) -> TypeOwner | None:

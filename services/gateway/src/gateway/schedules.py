@@ -288,6 +288,16 @@ async def list_fires(
     ]
 
 
+def check_changeable(schedule: Schedule) -> None:
+    """Pass for a schedule that was made over HTTP.
+
+    Raises:
+        ConflictError: It belongs to a service.
+    """
+    if schedule.owner is not None:
+        raise ConflictError(f"the schedule belongs to service {schedule.owner}: pause it, or change the service's code")
+
+
 async def change(connection: AsyncConnection, schedule: Schedule, definition: Definition, *, now: datetime) -> Schedule:
     """Give a schedule, which the caller has locked, a new definition.
 
@@ -297,8 +307,7 @@ async def change(connection: AsyncConnection, schedule: Schedule, definition: De
         InvalidTimetable: The new times contradict themselves or would never come.
         ConflictError: The new name is taken, or the schedule belongs to a service.
     """
-    if schedule.owner is not None:
-        raise ConflictError(f"the schedule belongs to service {schedule.owner}: change it in its code")
+    check_changeable(schedule)
     state: dict[str, Any] = {}
     if any(getattr(schedule, name) != getattr(definition, name) for name in _RHYTHM):
         next_fire_at = definition.timetable(schedule.created_at).check_fires(now)
@@ -344,8 +353,7 @@ async def remove(connection: AsyncConnection, schedule_id: UUID) -> None:
         ConflictError: It belongs to a service.
     """
     schedule = await get(connection, schedule_id, lock=True)
-    if schedule.owner is not None:
-        raise ConflictError(f"the schedule belongs to service {schedule.owner}: pause it, or change its code")
+    check_changeable(schedule)
     await connection.execute(delete(models.schedules).where(models.schedules.c.id == schedule_id))
 
 

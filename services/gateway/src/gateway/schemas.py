@@ -17,7 +17,16 @@ from taskmesh.contracts.lifecycle import TaskState
 
 MAX_DELAY = timedelta(days=366)
 
-Utc = Annotated[AwareDatetime, AfterValidator(lambda moment: moment.astimezone(UTC))]
+
+def _in_utc(moment: datetime) -> datetime:
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError as error:
+        # In the first and the last hours of the calendar.
+        raise ValueError("is out of range") from error
+
+
+Utc = Annotated[AwareDatetime, AfterValidator(_in_utc)]
 """A time with an offset, kept and shown in UTC."""
 
 Tag = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]

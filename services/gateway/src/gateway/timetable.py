@@ -23,8 +23,8 @@ SHORTEST_INTERVAL = timedelta(seconds=1)
 LONGEST_INTERVAL = timedelta(days=3660)
 CRON_FIELDS = 5
 CRON_MAX_LENGTH = 200
-LAST_YEAR = 2200
-"""Beyond it, a date is a typing error, and cron arithmetic nears the end of the calendar."""
+FIRST_YEAR, LAST_YEAR = 1970, 2200
+"""Outside of them a date is a typing error, and arithmetic nears the ends of the calendar."""
 
 _INSTANT = timedelta(microseconds=1)
 _LOOK_BACK = (timedelta(hours=1), timedelta(days=1), timedelta(days=32), timedelta(days=366), timedelta(days=366 * 9))
@@ -76,8 +76,8 @@ class Timetable:
         if self.interval is not None:
             _check_interval(self.interval)
         for name, moment in (("starts_at", self.starts_at), ("ends_at", self.ends_at)):
-            if moment is not None and moment.year > LAST_YEAR:
-                raise InvalidTimetable(name, f"must be before the year {LAST_YEAR + 1}")
+            if moment is not None and not FIRST_YEAR <= moment.year <= LAST_YEAR:
+                raise InvalidTimetable(name, f"must be in the years {FIRST_YEAR} to {LAST_YEAR}")
         if self.starts_at is not None and self.ends_at is not None and self.ends_at < self.starts_at:
             raise InvalidTimetable("ends_at", "must not be before starts_at")
 

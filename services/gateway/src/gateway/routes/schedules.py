@@ -315,6 +315,7 @@ async def change_schedule(
     patch = change.model_dump(exclude_unset=True)
     async with transaction(gateway.engine) as connection:
         current = await schedules.get(connection, schedule_id)
+    schedules.check_changeable(current)
     # Before the transaction that locks the schedule, which must not wait for a second connection.
     before = await _check_change(gateway, current, patch)
     async with transaction(gateway.engine) as connection:
