@@ -48,24 +48,6 @@ RETRY_AFTER = timedelta(seconds=30)
 LOCKED_PAUSE_SECONDS = 0.05
 """Pause when all that is due is locked by another scheduler, which is about to commit."""
 
-
-@dataclass(frozen=True, slots=True)
-class TypeOwner:
-    """The service that announces a type, and the version that it announces."""
-
-    service: str
-    version: int
-
-
-_FIND_TYPE = text(
-    """
-    select manifests.service, cast(announced ->> 'version' as integer) as version
-    from manifests, jsonb_array_elements(manifests.manifest -> 'types') as announced
-    where announced ->> 'type' = :type and announced ->> 'kind' = 'command'
-    limit 1
-    """
-)
-
 LISTEN_AGAIN_SECONDS = 2.0
 """How long to wait before listening again after the connection was lost."""
 
@@ -89,6 +71,14 @@ class Plan:
     slots: list[datetime]
     missed: tuple[datetime, datetime] | None
     next_fire_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class TypeOwner:
+    """The service that announces a type, and the version that it announces."""
+
+    service: str
+    version: int
 
 
 def task_id(schedule_id: UUID, fire_at: datetime) -> UUID:
@@ -346,6 +336,16 @@ def _task(schedule: Schedule, fire: Fire, owner: TypeOwner | None) -> NewTask:
 def _unrecorded_traceparent() -> str:
     # A trace id costs nothing and links the task's log lines; its flags say that nobody records it.
     return f"00-{_trace_ids.generate_trace_id():032x}-{_trace_ids.generate_span_id():016x}-00"
+
+
+_FIND_TYPE = text(
+    """
+    select manifests.service, cast(announced ->> 'version' as integer) as version
+    from manifests, jsonb_array_elements(manifests.manifest -> 'types') as announced
+    where announced ->> 'type' = :type and announced ->> 'kind' = 'command'
+    limit 1
+    """
+)
 
 
 async def _find_type(connection: AsyncConnection, type_name: str) -> TypeOwner | None:
