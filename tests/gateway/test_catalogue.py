@@ -19,11 +19,15 @@ from taskmesh.contracts.manifest import Manifest, TypeManifest
 
 
 def announcement(service: str = "printer", *types: TypeManifest, at: datetime | None = None, **fields: Any) -> Manifest:
-    return Manifest(service=service, release="1", types=types or (command(),), announced_at=at or datetime.now(UTC), **fields)
+    return Manifest(
+        service=service, release="1", types=types or (command(),), announced_at=at or datetime.now(UTC), **fields
+    )
 
 
 def command(name: str = "printer.page.print", schema: dict[str, Any] | None = None, **fields: Any) -> TypeManifest:
-    return TypeManifest(type=name, kind=TaskKind.COMMAND, queue="printer", payload_schema=schema or {"type": "object"}, **fields)
+    return TypeManifest(
+        type=name, kind=TaskKind.COMMAND, queue="printer", payload_schema=schema or {"type": "object"}, **fields
+    )
 
 
 async def test_the_types_are_listed_as_they_were_announced(api):
@@ -34,7 +38,15 @@ async def test_the_types_are_listed_as_they_were_announced(api):
         ("greeter.person.greet", "greeter", "command"),
     ]
     assert set(listed[1]) == {
-        "type", "service", "kind", "version", "title", "description", "payload_schema", "max_attempts", "queue",
+        "type",
+        "service",
+        "kind",
+        "version",
+        "title",
+        "description",
+        "payload_schema",
+        "max_attempts",
+        "queue",
         "announced_at",
     }
     one = await api.http.get("/v1/types/greeter.person.greet")
@@ -114,7 +126,12 @@ async def test_one_unusable_schema_leaves_the_other_types_alone(api):
 
 @pytest.mark.parametrize(
     "schema",
-    [{"type": 7}, {"$ref": "https://example.com/schema.json"}, {"$ref": "#/$defs/Missing"}, {"properties": {"a": {"$ref": "other.json"}}}],
+    [
+        {"type": 7},
+        {"$ref": "https://example.com/schema.json"},
+        {"$ref": "#/$defs/Missing"},
+        {"properties": {"a": {"$ref": "other.json"}}},
+    ],
 )
 def test_a_schema_that_needs_anything_outside_itself_is_refused(schema):
     with pytest.raises(UnusableSchema):
@@ -151,10 +168,13 @@ async def test_the_openapi_document_describes_each_command_and_refers_to_nothing
     schemas = document["components"]["schemas"]
     body = document["paths"]["/v1/tasks"]["post"]["requestBody"]["content"]["application/json"]
     assert set(body["schema"]["discriminator"]["mapping"]) == {"greeter.person.greet", "billing.invoice.issue"}
-    assert schemas["TaskSubmission.greeter.person.greet"]["properties"]["payload"]["$ref"].endswith("/greeter.person.greet")
+    assert schemas["TaskSubmission.greeter.person.greet"]["properties"]["payload"]["$ref"].endswith(
+        "/greeter.person.greet"
+    )
     assert schemas["billing.invoice.issue"]["properties"]["buyer"]["$ref"].endswith("/billing.invoice.issue.Buyer")
     assert body["examples"]["greeter.person.greet"]["value"] == {
-        "type": "greeter.person.greet", "payload": {"name": "text"},
+        "type": "greeter.person.greet",
+        "payload": {"name": "text"},
     }
     missing = {
         reference

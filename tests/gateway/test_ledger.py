@@ -111,7 +111,12 @@ async def test_a_timeline_has_one_row_for_each_thing_that_was_news(gateway_engin
 
     assert (accepted, again) == (6, 0)
     assert await timeline(gateway_engine, task_id) == [
-        ("queued", 0), ("running", 1), ("retrying", 1), ("queued", 1), ("running", 2), ("succeeded", 2),
+        ("queued", 0),
+        ("running", 1),
+        ("retrying", 1),
+        ("queued", 1),
+        ("running", 2),
+        ("succeeded", 2),
     ]
 
 
@@ -140,8 +145,15 @@ async def test_a_task_that_nobody_submitted_here_is_added_with_its_family(gatewa
     await advance(
         gateway_engine,
         event(
-            child, TaskState.RUNNING, type="billing.invoice.issued", service="email", kind=TaskKind.EVENT,
-            root_id=root, parent_id=root, event_id=event_id, attempt=1,
+            child,
+            TaskState.RUNNING,
+            type="billing.invoice.issued",
+            service="email",
+            kind=TaskKind.EVENT,
+            root_id=root,
+            parent_id=root,
+            event_id=event_id,
+            attempt=1,
             traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
         ),
     )

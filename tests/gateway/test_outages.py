@@ -41,7 +41,9 @@ def own_postgres() -> Iterator[Postgres]:
             server.purge()
 
 
-async def test_a_database_that_is_killed_is_503_until_it_is_back_and_no_accepted_task_is_lost(own_postgres, serve_gateway):
+async def test_a_database_that_is_killed_is_503_until_it_is_back_and_no_accepted_task_is_lost(
+    own_postgres, serve_gateway
+):
     await asyncio.to_thread(database.migrate, own_postgres.url, scripts=MIGRATIONS)
     async with AsyncExitStack() as stack:
         api = await stack.enter_async_context(serve_gateway(own_postgres.url))
@@ -146,7 +148,10 @@ async def test_a_broker_that_is_away_is_of_no_concern(api):
             connection,
             [
                 LifecycleEvent(
-                    task_id=UUID(view["id"]), type=view["type"], state=TaskState.SUCCEEDED, at=datetime.now(UTC),
+                    task_id=UUID(view["id"]),
+                    type=view["type"],
+                    state=TaskState.SUCCEEDED,
+                    at=datetime.now(UTC),
                     service="greeter",
                 )
             ],

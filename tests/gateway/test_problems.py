@@ -228,5 +228,3 @@ async def test_a_request_with_an_endless_header_does_not_reach_the_application(a
         raw.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 200_000 + b"\r\n\r\n")
 
     assert (await api.http.get("/livez")).json() == {"status": "alive"}
-
-

@@ -47,8 +47,13 @@ async def test_an_accepted_task_is_in_the_ledger_and_its_message_in_the_outbox(a
     assert response.status_code == 202
     assert response.headers["location"] == f"/v1/tasks/{view['id']}"
     assert {name: view[name] for name in ("state", "attempt", "service", "payload", "priority", "tags", "root_id")} == {
-        "state": "queued", "attempt": 0, "service": "greeter", "payload": {"name": "Ada"}, "priority": 7,
-        "tags": ["nightly"], "root_id": view["id"],
+        "state": "queued",
+        "attempt": 0,
+        "service": "greeter",
+        "payload": {"name": "Ada"},
+        "priority": 7,
+        "tags": ["nightly"],
+        "root_id": view["id"],
     }
     assert view["created_at"].endswith("Z")
     async with api.engine.connect() as connection:
@@ -168,7 +173,9 @@ class TestIdempotency:
         mine = await api.http.post("/v1/tasks", json=REQUEST, headers=headers)
 
         other_key = await api.new_key(Scope.TASKS_WRITE)
-        theirs = await api.http.post("/v1/tasks", json=REQUEST, headers={**headers, "Authorization": f"Bearer {other_key}"})
+        theirs = await api.http.post(
+            "/v1/tasks", json=REQUEST, headers={**headers, "Authorization": f"Bearer {other_key}"}
+        )
 
         assert mine.json()["id"] != theirs.json()["id"]
 
@@ -268,8 +275,13 @@ class TestLists:
             api,
             happened(failed, TaskState.FAILED, failure=TaskFailure(code="exception", message="no")),
             LifecycleEvent(
-                task_id=uuid4(), type="email.message.send", state=TaskState.RUNNING, at=datetime.now(UTC),
-                service="email", root_id=UUID(root["id"]), parent_id=UUID(root["id"]),
+                task_id=uuid4(),
+                type="email.message.send",
+                state=TaskState.RUNNING,
+                at=datetime.now(UTC),
+                service="email",
+                root_id=UUID(root["id"]),
+                parent_id=UUID(root["id"]),
             ),
         )
 
@@ -290,7 +302,15 @@ class TestLists:
         assert await found(created_before=datetime.now(UTC) - timedelta(days=1)) == []
 
     @pytest.mark.parametrize(
-        "query", [{"cursor": "nonsense"}, {"cursor": "bnVsbA"}, {"limit": 0}, {"limit": 201}, {"state": "gone"}, {"colour": "red"}]
+        "query",
+        [
+            {"cursor": "nonsense"},
+            {"cursor": "bnVsbA"},
+            {"limit": 0},
+            {"limit": 201},
+            {"state": "gone"},
+            {"colour": "red"},
+        ],
     )
     async def test_a_query_that_cannot_be_read_is_a_problem(self, api, query):
         response = await api.http.get("/v1/tasks", params=query)

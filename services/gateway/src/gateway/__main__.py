@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from uuid import UUID
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = roles.add_parser("keys", help="API keys").add_subparsers(dest="command", required=True)
     create = commands.add_parser("create", help="make a key and print it, once")
     create.add_argument("--name", required=True, help="who will hold it")
-    create.add_argument("--scopes", required=True, help="for example tasks:write,tasks:read,types:read")
+    create.add_argument("--scopes", required=True, type=_scopes, help="for example tasks:write,tasks:read,types:read")
     commands.add_parser("list", help="list keys without their secrets")
     revoke = commands.add_parser("revoke", help="make a key worthless within five seconds")
     revoke.add_argument("id", type=UUID)
@@ -93,11 +94,21 @@ def serve(settings: ApiSettings) -> None:
     app = create_app(settings, on_ready=health.ready)
 
     class Server(uvicorn.Server):
-        """Tells those who wait before it begins to wait for them."""
+        """Stops on a signal, after sending those home who wait for a task.
 
-        def handle_exit(self, sig: int, frame: object) -> None:
+        uvicorn's own way is to raise the signal again once it has stopped, which would end the process before it has
+        exported its last spans.
+        """
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, self._stop, number)
+            yield
+
+        def _stop(self, number: int) -> None:
             app.state.gateway.doorbell.stop()
-            super().handle_exit(sig, frame)  # type: ignore[arg-type]
+            self.handle_exit(number, None)
 
     config = uvicorn.Config(
         app,
@@ -182,7 +193,7 @@ async def keys(settings: KeysSettings, options: argparse.Namespace) -> None:
         async with transaction(engine) as connection:
             match options.command:
                 case "create":
-                    print(await auth.create_key(connection, options.name, _scopes(options.scopes)))
+                    print(await auth.create_key(connection, options.name, options.scopes))
                 case "revoke":
                     await auth.revoke_key(connection, options.id)
                 case _:
@@ -196,11 +207,10 @@ async def keys(settings: KeysSettings, options: argparse.Namespace) -> None:
 
 
 def _scopes(text: str) -> list[Scope]:
-
     try:
         return [Scope(name.strip()) for name in text.split(",")]
     except ValueError:
-        sys.exit(f"gateway keys: --scopes must be of {', '.join(Scope)}")
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(Scope)}") from None
 
 
 def _run(role: str, settings: ServiceSettings, work: Callable[[asyncio.Event], Awaitable[None]]) -> None:
