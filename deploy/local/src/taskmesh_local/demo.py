@@ -36,6 +36,8 @@ POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 60.0
 # Spans are exported some seconds after they end.
 TRACES_SECONDS = 15.0
+INVOICES = 30
+LINE_EACH = 10
 STEPS = ("submitted", "issued", "rendered", "mailed")
 URLS = ("TASKMESH_URL", "TASKMESH_API_KEY", "TASKMESH_INBOX_URL", "TASKMESH_TRACES_URL")
 
@@ -78,8 +80,8 @@ class Order:
         return f"{to_major(money['amount_minor'], money['currency']):,} {money['currency']}"
 
     @property
-    def message_id(self) -> str | None:
-        """The Message-ID under which its mail was sent."""
+    def mail_key(self) -> str | None:
+        """What the Message-ID of its mail begins with."""
         task = self.tree.get(DocumentReady.type_name)
         return str(task.result["message_id"]) if task and task.succeeded else None
 
@@ -150,13 +152,15 @@ class Show:
         self._rows: dict[str, TaskID] = {}
         if bars:
             good = len(demo_invoices.CUSTOMERS) + 1
-            self._rows = {step: bars.add_task(step, total=30 if step == "submitted" else good) for step in STEPS}
+            self._rows = {step: bars.add_task(step, total=INVOICES if step == "submitted" else good) for step in STEPS}
 
     def counts(self, **counts: int) -> None:
         """Show new counts, by step."""
         if counts.items() <= self._counts.items():
             return
         self._counts |= counts
+        if counts.get("submitted", INVOICES) % LINE_EACH and not self._bars:
+            return
         if self._bars:
             for step, count in counts.items():
                 self._bars.update(self._rows[step], completed=count)
@@ -231,20 +235,31 @@ def _read_ledger(mesh: Taskmesh, by_root: dict[UUID, Order]) -> None:
 
 
 def _read_inbox(pages: httpx.Client, orders: list[Order]) -> None:
-    """Note every mail that carries the Message-ID of one of the orders; a page that is away is asked again later."""
-    wanted = {order.message_id: order for order in orders if order.message_id}
-    if not any(not order.mails for order in wanted.values()):
+    """Note every mail of the orders; a page that is away is asked again later."""
+    sent = {order.mail_key: order for order in orders if order.mail_key}
+    if all(order.mails for order in sent.values()):
         return
+    found = _fetch(pages, "TASKMESH_INBOX_URL", "/api/messages?limit=1000")
+    if found is None:
+        return
+    for order in sent.values():
+        order.mails = []
+    for mail in found["items"]:
+        # Message-ID: <task.invoice@domain>
+        owner = sent.get(mail["message_id"].lstrip("<").partition(".")[0])
+        if owner:
+            owner.mails.append(mail)
+
+
+def _fetch(pages: httpx.Client, variable: str, path: str) -> dict[str, Any] | None:
+    """What a page answers; None when it is away or knows of nothing."""
     try:
-        answer = pages.get(f"{os.environ['TASKMESH_INBOX_URL']}/api/messages", params={"limit": 1000})
+        answer = pages.get(os.environ[variable] + path)
         answer.raise_for_status()
     except httpx.HTTPError:
-        return
-    for order in wanted.values():
-        order.mails = []
-    for mail in answer.json()["items"]:
-        if found := wanted.get(mail["message_id"]):
-            found.mails.append(mail)
+        return None
+    content: dict[str, Any] = answer.json()
+    return content
 
 
 def _demand_all(orders: list[Order], seconds: float) -> None:
@@ -276,18 +291,17 @@ def _has_document(mail: dict[str, Any]) -> bool:
 
 def _find_traces(pages: httpx.Client, orders: list[Order]) -> list[dict[str, Any]]:
     """The traces of the orders that have reached the trace page, whole if they come in time."""
-    wanted = {order.task.trace_id for order in orders}
     deadline = time.monotonic() + TRACES_SECONDS
+    traces: dict[str, dict[str, Any]] = {}
     while True:
-        try:
-            answer = pages.get(f"{os.environ['TASKMESH_TRACES_URL']}/api/traces", params={"limit": 500})
-            answer.raise_for_status()
-            traces = [trace for trace in answer.json()["items"] if trace["trace_id"] in wanted]
-        except httpx.HTTPError:
-            traces = []
-        whole = [trace for trace in traces if _is_whole(trace)]
-        if len(whole) == len(orders) or time.monotonic() > deadline:
-            return traces
+        for trace_id in {order.task.trace_id for order in orders if order.task.trace_id}:
+            if trace_id in traces and _is_whole(traces[trace_id]):
+                continue
+            if trace := _fetch(pages, "TASKMESH_TRACES_URL", f"/api/traces/{trace_id}"):
+                traces[trace_id] = trace
+        whole = sum(_is_whole(trace) for trace in traces.values())
+        if whole == len(orders) or time.monotonic() > deadline:
+            return list(traces.values())
         time.sleep(POLL_SECONDS)
 
 
@@ -324,13 +338,15 @@ def _summarize(
 
 
 def _invoices(orders: Iterable[Order]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("INVOICE", no_wrap=True)
+    shown = sorted(orders, key=lambda each: each.number)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
+    # Where the terminal is narrow, names are cut; numbers are not.
+    table.add_column("INVOICE", no_wrap=True, min_width=max(len(order.number) for order in shown))
     table.add_column("CUSTOMER", no_wrap=True, overflow="ellipsis")
-    table.add_column("LINES", justify="right")
-    table.add_column("TOTAL", justify="right", no_wrap=True)
+    table.add_column("LINES", justify="right", no_wrap=True, min_width=5)
+    table.add_column("TOTAL", justify="right", no_wrap=True, min_width=max(len(order.total) for order in shown))
     table.add_column("MAIL TO", no_wrap=True, overflow="ellipsis")
-    for order in sorted(orders, key=lambda each: each.number):
+    for order in shown:
         buyer = order.invoice.buyer
         table.add_row(order.number, escape(buyer.name), str(len(order.invoice.lines)), order.total, escape(buyer.email))
     return table

@@ -43,6 +43,7 @@ class Product:
     eur: str
     jpy: str
     bhd: str
+    quantities: tuple[str, ...]
 
     def line(self, language: str, currency: str, quantity: str, tax: Tax) -> InvoiceLine:
         return InvoiceLine(
@@ -67,6 +68,7 @@ PRODUCTS = (
         eur="249.00",
         jpy="39800",
         bhd="102.500",
+        quantities=("1", "2", "3"),
     ),
     Product(
         {
@@ -80,6 +82,7 @@ PRODUCTS = (
         eur="0.3875",
         jpy="61.5",
         bhd="0.15925",
+        quantities=("12", "318.4", "1250", "18420.75"),
     ),
     Product(
         {
@@ -93,6 +96,7 @@ PRODUCTS = (
         eur="135.00",
         jpy="21500",
         bhd="55.750",
+        quantities=("1.5", "7.5", "12", "48.25"),
     ),
     Product(
         {
@@ -106,6 +110,7 @@ PRODUCTS = (
         eur="0.0215",
         jpy="3.42",
         bhd="0.00884",
+        quantities=("250", "1024", "18420.5"),
     ),
     Product(
         {
@@ -119,9 +124,9 @@ PRODUCTS = (
         eur="39.90",
         jpy="6300",
         bhd="16.425",
+        quantities=("1", "2", "5", "12"),
     ),
 )
-QUANTITIES = ("1", "2", "3", "5", "7.5", "12", "48.25", "1250", "18420")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -437,7 +442,7 @@ def _lines(customer: Customer, dice: random.Random) -> tuple[InvoiceLine, ...]:
     language = customer.locale[:2]
     products = dice.sample(PRODUCTS, dice.randint(1, len(PRODUCTS)))
     return tuple(
-        product.line(language, customer.currency, dice.choice(QUANTITIES), dice.choice(customer.taxes))
+        product.line(language, customer.currency, dice.choice(product.quantities), dice.choice(customer.taxes))
         for product in products
     )
 

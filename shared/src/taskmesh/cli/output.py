@@ -84,7 +84,7 @@ def print_tasks(tasks: Iterable[Task]) -> None:
         created = ago(task.created_at, now)
         if task.state is TaskState.SCHEDULED and task.due_at:
             created = f"due {ago(task.due_at, now)}"
-        took = length(task.finished_at - task.created_at) if task.finished_at else ""
+        took = length(task.finished_at - _begin(task)) if task.finished_at else ""
         shown.add_row(str(task.id), task.type, state_text(task.state), created, took, " ".join(task.tags))
     show(shown)
 
@@ -96,7 +96,7 @@ def print_tree(tasks: Sequence[Task]) -> None:
     known = {task.id for task in tasks}
 
     def add(task: Task, depth: int) -> None:
-        took = length((task.finished_at or now) - task.created_at)
+        took = length((task.finished_at or now) - _begin(task))
         shown.add_row("  " * depth + task.type, state_text(task.state), took, str(task.id))
         for child in tasks:
             if child.parent_id == task.id and child.id != task.id:
@@ -121,7 +121,7 @@ def print_task(task: Task) -> None:
         ("priority", task.priority),
         *((name, moment_text(getattr(task, f"{name}_at"), now)) for name in ("created", "due", "expires", "started")),
         ("finished", moment_text(task.finished_at, now)),
-        ("took", length(task.finished_at - task.created_at) if task.finished_at else None),
+        ("took", length(task.finished_at - _begin(task)) if task.finished_at else None),
         ("trace", task.trace_id),
     ]
     if task.error:
@@ -162,6 +162,12 @@ def ago(moment: datetime, now: datetime) -> str:
     if abs(away) < 1:
         return "now"
     return f"{_round(away)} ago" if away > 0 else f"in {_round(-away)}"
+
+
+def _begin(task: Task) -> datetime:
+    """When the task came to be: one that a service started may reach the ledger after it has begun."""
+    known = (task.created_at, task.queued_at, task.started_at)
+    return min(moment for moment in known if moment)
 
 
 def length(span: Any) -> str:

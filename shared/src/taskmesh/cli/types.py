@@ -49,7 +49,7 @@ def types(
 def _print_types(known: tuple[TaskType, ...]) -> None:
     shown = output.table("TYPE", "SERVICE", "KIND", "VERSION", "WHAT IT DOES")
     for one in sorted(known, key=lambda each: each.type):
-        summary = (one.description or one.title).partition("\n")[0]
+        summary = (one.title or one.description).partition("\n")[0]
         shown.add_row(one.type, one.service, one.kind.value, str(one.version), summary)
     output.show(shown)
 
@@ -58,7 +58,7 @@ def _print_type(one: TaskType) -> None:
     output.print_fields(
         [
             ("type", Text(one.type, style="bold")),
-            ("what", inspect.cleandoc(one.description or one.title)),
+            ("what", inspect.cleandoc(f"{one.title}\n\n{one.description}")),
             ("service", one.service),
             ("kind", one.kind.value),
             ("version", one.version),
