@@ -25,7 +25,7 @@ DEFAULTS = SELLER | {
     "TASKMESH_WORKER_CONCURRENCY": "2",
     "TASKMESH_MAIL_DOMAIN": "taskmesh.example",
     "TASKMESH_MAIL_FROM": "Taskmesh Demo <billing@taskmesh.example>",
-    # The inbox answers at once or not at all: a mail whose fate is unknown need not rest for the ten minutes of RFC 5321.
+    # The inbox answers at once or not at all: a mail whose fate is unknown need not rest for RFC 5321's ten minutes.
     "TASKMESH_SMTP_ANSWER_SECONDS": "10",
     "TASKMESH_RESEND_AFTER_SECONDS": "10",
 }

@@ -1,0 +1,247 @@
+"""The private servers and what they are built from."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pika
+import psycopg
+import pytest
+from pika.exceptions import ChannelClosedByBroker
+from taskmesh.exchanges import EVENTS
+from taskmesh.parts import PartDidNotStart, PartMissing, accounts, postgres, rabbitmq
+from taskmesh.parts.accounts import data_folder, unprivileged
+from taskmesh.parts.ports import RANGE, free_port, is_free
+from taskmesh.parts.postgres import GivenPostgres, Postgres
+from taskmesh.parts.processes import Process, spawn
+from taskmesh.parts.rabbitmq import RabbitMQ, create_service_users
+from taskmesh.parts.spans import read_spans
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A PostgreSQL that belongs to one test, which may kill it."""
+    server = Postgres(tmp_path / "postgres", durable=False)
+    server.start()
+    yield server
+    server.purge()
+
+
+def test_a_killed_postgres_comes_back_with_what_was_committed(server):
+    """The port and the password stay the same, so the URL does."""
+    url = server.url
+    with psycopg.connect(url) as connection:
+        connection.execute("CREATE TABLE kept (id int)")
+
+    server.kill()
+    assert not server.is_running()
+    server.start()
+
+    assert server.url == url
+    with psycopg.connect(url) as connection:
+        assert connection.execute("SELECT count(*) FROM kept").fetchone() == (0,)
+
+
+def test_starting_a_running_postgres_again_changes_nothing(server):
+    """Whoever needs it may call start, from any process."""
+    before = server.process
+
+    Postgres(server.log.parent, durable=False).start()
+
+    assert server.process == before
+
+
+def test_a_postgres_whose_port_was_taken_takes_another(server):
+    """The port is kept while it can be; a stranger on it must not keep the server down."""
+    port = server.url.rpartition(":")[2].partition("/")[0]
+    server.stop()
+
+    with socket.create_server(("127.0.0.1", int(port))):
+        server.start()
+
+    assert f":{port}/" not in server.url
+    psycopg.connect(server.url).close()
+
+
+def test_postgres_is_on_loopback_with_a_password_and_unprivileged(server):
+    """Nobody else on the machine or the network gets in."""
+    with psycopg.connect(server.url) as connection:
+        assert connection.execute("SHOW listen_addresses").fetchone() == ("127.0.0.1",)
+        assert connection.execute("SHOW unix_socket_directories").fetchone() == ("",)
+    with pytest.raises(psycopg.OperationalError):
+        psycopg.connect(server.url.replace(":", ":x", 2).replace("x//", "//", 1))
+    owner = os.stat(f"/proc/{server.process.pid}").st_uid
+    assert owner != 0
+    assert (server.log.parent / "postgres.json").stat().st_mode & 0o077 == 0
+
+
+def test_a_machine_without_postgres_says_what_to_do_in_one_line(tmp_path, monkeypatch):
+    """No traceback, no list of everything that was tried."""
+    monkeypatch.setattr(postgres, "_program_folders", list)
+
+    with pytest.raises(PartMissing) as missing:
+        Postgres(tmp_path / "postgres").start()
+
+    assert "apt-get install postgresql" in str(missing.value)
+    assert "\n" not in str(missing.value)
+
+
+def test_a_given_server_that_is_down_is_named_by_its_variable():
+    """The reader knows the variable, not our classes."""
+    with pytest.raises(PartDidNotStart, match="TASKMESH_DATABASE_URL"):
+        GivenPostgres(f"postgresql://a:b@127.0.0.1:{free_port()}/x").start()
+
+
+def test_a_killed_rabbitmq_comes_back_with_its_messages_and_leaves_no_epmd(tmp_path):
+    """The node name is part of its data, and must not change with anything."""
+    node = RabbitMQ(tmp_path / "rabbitmq")
+    node.start()
+    try:
+        with pika.BlockingConnection(pika.URLParameters(node.amqp_url)) as connection:
+            channel = connection.channel()
+            channel.confirm_delivery()
+            # Not a quorum queue: 3.10 writes those down up to half a second after it has confirmed their declaration.
+            channel.queue_declare("kept", durable=True)
+            channel.basic_publish("", "kept", b"hello", pika.BasicProperties(delivery_mode=2), mandatory=True)
+
+        node.kill()
+        assert not node.is_running()
+        node.start()
+
+        with pika.BlockingConnection(pika.URLParameters(node.amqp_url)) as connection:
+            assert connection.channel().basic_get("kept", auto_ack=True)[2] == b"hello"
+        record = json.loads((tmp_path / "rabbitmq" / "rabbitmq.json").read_text())
+        node.stop()
+        assert not Process.from_json(record["epmd"]).is_running()
+        assert all(is_free(port) for port in record["ports"].values())
+    finally:
+        node.purge()
+    assert not (tmp_path / "rabbitmq").exists()
+
+
+def test_a_machine_without_rabbitmq_says_what_to_do_in_one_line(tmp_path, monkeypatch):
+    """Each way out is in the line: the package, Docker, a given server."""
+    monkeypatch.setattr(rabbitmq, "installed_server", lambda: None)
+    monkeypatch.setenv("DOCKER_HOST", f"tcp://127.0.0.1:{free_port()}")
+
+    with pytest.raises(PartMissing) as missing:
+        rabbitmq.find(tmp_path, say=print, install=False)
+
+    assert all(way in str(missing.value) for way in ("apt-get", "Docker", "TASKMESH_AMQP_URL"))
+    assert "\n" not in str(missing.value)
+
+
+def test_a_services_run_time_user_may_declare_nothing(rabbitmq, broker):
+    """What a role needs was declared by its setup, which has a user of its own."""
+    users = create_service_users(rabbitmq, broker.vhost, "billing")
+    with pika.BlockingConnection(pika.URLParameters(users.setup_amqp_url)) as connection:
+        connection.channel().exchange_declare(EVENTS, "topic", durable=True)
+
+    with (
+        pika.BlockingConnection(pika.URLParameters(users.amqp_url)) as connection,
+        pytest.raises(ChannelClosedByBroker, match="ACCESS_REFUSED"),
+    ):
+        connection.channel().queue_declare("billing", durable=True)
+
+
+def test_a_process_is_not_mistaken_for_another_with_its_pid():
+    """A record that is older than the process is about another one, and signals it in no way."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        stranger = Process(child.pid, "another boot/1")
+
+        assert Process.of(child.pid).is_running()
+        assert not stranger.is_running()
+        stranger.kill()
+        assert child.poll() is None
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_killing_a_process_takes_what_it_started_along(tmp_path):
+    """A worker that was killed from outside has left its pool behind; the next kill finds it by its session."""
+    script = "import os; os.fork() or os.fork(); print(os.getpid(), flush=True); import signal; signal.pause()"
+    process = spawn([sys.executable, "-c", script], log=tmp_path / "log")
+    pids = _wait_for_lines(tmp_path / "log", 3)
+    members = [Process.of(int(pid)) for pid in pids]
+
+    os.kill(process.pid, 9)
+    process.wait(5)
+    assert any(member.is_running() for member in members)
+    process.kill()
+
+    assert all(member.wait(5) for member in members)
+
+
+def _wait_for_lines(log, count):
+    """Read lines as they are written; the spawned process has no pipe to us."""
+    with subprocess.Popen(["tail", "-n", "+1", "-F", str(log)], stdout=subprocess.PIPE, text=True) as tail:
+        lines = [tail.stdout.readline().strip() for _ in range(count)]
+        tail.kill()
+    return lines
+
+
+def test_free_ports_are_out_of_the_way_of_outgoing_connections():
+    """A part that is down must find its port free when it comes back."""
+    assert free_port() in RANGE
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert free_port(preferred=[port]) != port
+
+
+@as_root
+def test_data_goes_where_the_unprivileged_account_can_reach_it(tmp_path, monkeypatch):
+    """Below a closed folder the data moves, and the folder stays closed."""
+    monkeypatch.setattr(accounts, "FALLBACK", tmp_path / "fallback")
+    tmp_path.chmod(0o700)
+
+    home = data_folder(tmp_path / "closed" / "postgres", unprivileged())
+
+    assert home.parent == tmp_path / "fallback"
+    assert home == data_folder(tmp_path / "closed" / "postgres", unprivileged())
+    assert tmp_path.stat().st_mode & 0o777 == 0o700
+
+
+def test_otlp_json_writes_ids_in_hex():
+    """Protobuf's own JSON mapping would read them as base64."""
+    request = {
+        "resourceSpans": [
+            {
+                "resource": {"attributes": [{"key": "service.name", "value": {"stringValue": "gateway"}}]},
+                "scopeSpans": [
+                    {
+                        "spans": [
+                            {
+                                "traceId": "5b8efff798038103d269b633813fc60c",
+                                "spanId": "eee19b7ec3c1b174",
+                                "name": "POST /v1/tasks",
+                                "kind": 2,
+                                "startTimeUnixNano": "1544712660000000000",
+                                "endTimeUnixNano": "1544712661500000000",
+                                "status": {"code": 2, "message": "boom"},
+                            }
+                        ]
+                    }
+                ],
+            }
+        ]
+    }
+
+    [span] = read_spans(json.dumps(request).encode(), content_type="application/json")
+
+    assert (span.trace_id, span.span_id) == ("5b8efff798038103d269b633813fc60c", "eee19b7ec3c1b174")
+    assert (span.service, span.kind, span.failed, span.duration_seconds) == ("gateway", "server", True, 1.5)
+
+
+def test_what_is_no_otlp_is_refused():
+    """One error for all the ways in which a body can be wrong."""
+    for headers in ({}, {"content_type": "application/json"}, {"content_encoding": "gzip"}):
+        with pytest.raises(ValueError, match="not an OTLP trace export"):
+            read_spans(b"\xff not spans", **headers)
