@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 
 import pytest
+
 from taskmesh.parts import PartMissing
 from taskmesh_local import backing, environment
 from taskmesh_local.folders import Folders

@@ -8,6 +8,7 @@ from email.message import EmailMessage
 
 import pytest
 from fastapi.testclient import TestClient
+
 from taskmesh_local.inbox import application, smtp_server
 from taskmesh_local.mails import Mails
 

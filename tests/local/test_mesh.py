@@ -11,6 +11,7 @@ import sys
 
 import httpx
 import pytest
+
 from taskmesh.contracts.billing import IssueInvoice
 from taskmesh.parts.processes import Process
 from taskmesh_local import environment

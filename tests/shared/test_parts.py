@@ -7,11 +7,13 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pika
 import psycopg
 import pytest
 from pika.exceptions import ChannelClosedByBroker
+
 from taskmesh.exchanges import EVENTS
 from taskmesh.parts import PartDidNotStart, PartMissing, accounts, postgres, rabbitmq
 from taskmesh.parts.accounts import data_folder, unprivileged
@@ -76,7 +78,7 @@ def test_postgres_is_on_loopback_with_a_password_and_unprivileged(server):
         assert connection.execute("SHOW unix_socket_directories").fetchone() == ("",)
     with pytest.raises(psycopg.OperationalError):
         psycopg.connect(server.url.replace(":", ":x", 2).replace("x//", "//", 1))
-    owner = os.stat(f"/proc/{server.process.pid}").st_uid
+    owner = Path(f"/proc/{server.process.pid}").stat().st_uid
     assert owner != 0
     assert (server.log.parent / "postgres.json").stat().st_mode & 0o077 == 0
 

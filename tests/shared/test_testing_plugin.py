@@ -9,6 +9,7 @@ import httpx
 import pika
 import psycopg
 import pytest
+
 from taskmesh.contracts.billing import IssueInvoice, RenderDocument
 from taskmesh.testing.smtp import HANG_UP
 
