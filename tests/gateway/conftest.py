@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -181,3 +182,20 @@ def serve_gateway() -> Callable[..., contextlib.AbstractAsyncContextManager[Api]
             await engine.dispose()
 
     return serve
+
+
+@pytest.fixture
+def eventually() -> Callable[[Callable[[], Any]], Awaitable[None]]:
+    """Await it with a condition, plain or a coroutine function, for what gives no signal: another process, a cache."""
+
+    async def wait(condition: Callable[[], Any]) -> None:
+        async with asyncio.timeout(30):
+            while not await _holds(condition):  # noqa: ASYNC110 - see above
+                await asyncio.sleep(0.03)
+
+    return wait
+
+
+async def _holds(condition: Callable[[], Any]) -> bool:
+    result = condition()
+    return bool(await result if inspect.isawaitable(result) else result)

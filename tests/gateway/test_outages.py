@@ -42,7 +42,7 @@ def own_postgres() -> Iterator[Postgres]:
 
 
 async def test_a_database_that_is_killed_is_503_until_it_is_back_and_no_accepted_task_is_lost(
-    own_postgres, serve_gateway
+    own_postgres, serve_gateway, eventually
 ):
     await asyncio.to_thread(database.migrate, own_postgres.url, scripts=MIGRATIONS)
     async with AsyncExitStack() as stack:
@@ -52,8 +52,7 @@ async def test_a_database_that_is_killed_is_503_until_it_is_back_and_no_accepted
         waiting = asyncio.create_task(
             api.http.post("/v1/tasks", json=REQUEST, headers={"Prefer": "wait=30", "Idempotency-Key": "waits"})
         )
-        while not api.app.state.gateway.doorbell._waiting:
-            await asyncio.sleep(0.01)
+        await eventually(lambda: api.app.state.gateway.doorbell._waiting)
 
         await asyncio.to_thread(own_postgres.kill)
 
@@ -76,9 +75,7 @@ async def test_a_database_that_is_killed_is_503_until_it_is_back_and_no_accepted
 
         await asyncio.to_thread(own_postgres.start)
 
-        async with asyncio.timeout(20):
-            while (await api.http.get("/readyz")).status_code != 200:
-                await asyncio.sleep(0.05)
+        await eventually(lambda: is_ready(api))
         again = await api.http.post("/v1/tasks", json=REQUEST, headers={"Idempotency-Key": "waits"})
         assert again.json()["id"] == given_up.json()["id"]
         assert (await api.http.get(f"/v1/tasks/{accepted['id']}")).json() == accepted
@@ -86,6 +83,10 @@ async def test_a_database_that_is_killed_is_503_until_it_is_back_and_no_accepted
         async with transaction(api.engine) as connection:
             for table in (tasks, outbox):
                 assert (await connection.execute(select(func.count()).select_from(table))).scalar_one() == 2
+
+
+async def is_ready(api) -> bool:
+    return (await api.http.get("/readyz")).status_code == 200
 
 
 async def test_no_free_connection_is_503_and_not_a_wait_without_end(gateway_url, serve_gateway):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -69,7 +69,7 @@ def dead(
         "queue": queue,
         "exchange": COMMANDS,
         "routing-keys": [TYPE],
-        "time": datetime(2026, 6, 1),
+        "time": datetime(2026, 6, 1),  # noqa: DTZ001 - pika gives naive UTC
     }
     headers |= {"x-death": [death], "x-first-death-queue": queue, "x-first-death-reason": reason}
     return Delivery(
@@ -279,14 +279,8 @@ async def channel(broker) -> AsyncIterator[Any]:
     connection.close()
 
 
-async def eventually(check: Callable[[], Any]) -> None:
-    async with asyncio.timeout(15):
-        while not await check():
-            await asyncio.sleep(0.05)
-
-
 async def test_what_workers_publish_and_what_they_refuse_arrives_through_the_broker(
-    broker, channel, projector, gateway_engine
+    broker, channel, projector, gateway_engine, eventually
 ):
     """The real path: exchange, queue, consumer, commit; and a rejected message by way of the dead-letter exchange."""
     ran, refused = event(TaskState.SUCCEEDED), TaskMessage(type=TYPE, id=uuid4())
@@ -315,7 +309,7 @@ async def _ended(engine, states: dict[UUID, str]) -> bool:
     return found == states
 
 
-async def _is_empty(channel) -> bool:
+def _is_empty(channel) -> bool:
     counts = [channel.queue_declare(queue, passive=True).method.message_count for queue in QUEUES]
     return counts == [0, 0]
 

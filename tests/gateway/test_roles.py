@@ -67,10 +67,8 @@ def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Start]:
         process.wait()
 
 
-async def ready(tmp_path: Path, role: str) -> None:
-    async with asyncio.timeout(30):
-        while not (tmp_path / "health" / f"gateway-{role}.ready").exists():
-            await asyncio.sleep(0.05)
+def is_ready(tmp_path: Path, role: str) -> bool:
+    return (tmp_path / "health" / f"gateway-{role}.ready").exists()
 
 
 def run_gateway(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -91,24 +89,22 @@ def port_of(log: Path) -> int:
 
 
 async def test_a_task_goes_from_http_to_its_workers_queue_and_every_role_stops_when_asked(
-    environment, start: Start, broker, tmp_path: Path
+    environment, start: Start, broker, tmp_path: Path, eventually
 ):
     """One process for each role, the database role with rows' rights only, and a caller with a key from `keys create`."""
     await asyncio.to_thread(_declare_worker, broker)
     roles = {role: start(role) for role in ("api", "projector", "scheduler", "relay")}
     key = run_gateway(
-        environment, "keys", "create", "--name", "test", "--scopes", "tasks:write, tasks:read"
+        environment, "keys", "create", "--name", "test", "--scopes", "tasks:write, tasks:read, types:read"
     ).stdout.strip()
-    await asyncio.gather(*(ready(tmp_path, role) for role in roles))
+    await eventually(lambda: all(is_ready(tmp_path, role) for role in roles))
     _announce(broker)
     url = f"http://127.0.0.1:{port_of(tmp_path / 'api.log')}"
     request = {"type": "greeter.person.greet", "payload": {}}
 
     async with httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=20) as http:
-        async with asyncio.timeout(20):
-            while (accepted := await http.post("/v1/tasks", json=request)).status_code != 202:
-                assert accepted.status_code == 404, accepted.text
-                await asyncio.sleep(0.1)
+        await eventually(lambda: _is_known(http, request["type"]))
+        accepted = await http.post("/v1/tasks", json=request)
         message = await asyncio.to_thread(_next_message, broker)
         streaming = asyncio.create_task(http.get(f"/v1/tasks/{accepted.json()['id']}/events"))
         waiting = asyncio.create_task(http.get(f"/v1/tasks/{accepted.json()['id']}", headers={"Prefer": "wait=60"}))
@@ -127,6 +123,10 @@ async def test_a_task_goes_from_http_to_its_workers_queue_and_every_role_stops_w
         log = (tmp_path / f"{role}.log").read_text()
         assert '"level": "ERROR"' not in log, log
         assert "Traceback" not in log, log
+
+
+async def _is_known(http: httpx.AsyncClient, type_name: str) -> bool:
+    return (await http.get(f"/v1/types/{type_name}")).status_code == 200
 
 
 def _declare_worker(broker: Any) -> None:

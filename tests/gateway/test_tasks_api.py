@@ -357,11 +357,10 @@ class TestWaiting:
 
         assert response.elapsed < timedelta(seconds=2)
 
-    async def test_who_waits_is_answered_as_things_stand_when_the_process_stops(self, api):
+    async def test_who_waits_is_answered_as_things_stand_when_the_process_stops(self, api, eventually):
         view = await api.submit()
         waiting = asyncio.create_task(api.http.get(f"/v1/tasks/{view['id']}", headers={"Prefer": "wait=60"}))
-        while not api.app.state.gateway.doorbell._waiting:
-            await asyncio.sleep(0.01)
+        await eventually(lambda: api.app.state.gateway.doorbell._waiting)
 
         api.app.state.gateway.doorbell.stop()
 

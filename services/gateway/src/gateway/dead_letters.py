@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -116,8 +116,15 @@ def from_broker(delivery: Delivery) -> DeadLetter:
         body=delivery.body,
         task=task,
         task_id=task_id,
-        died_at=died_at.astimezone() if isinstance(died_at, datetime) else None,
+        died_at=_utc(died_at),
     )
+
+
+def _utc(moment: object) -> datetime | None:
+    if not isinstance(moment, datetime):
+        return None
+    # pika reads AMQP timestamps as UTC, with or without saying so.
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def malformed(delivery: Delivery) -> DeadLetter:
