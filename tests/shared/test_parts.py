@@ -87,8 +87,10 @@ def test_a_machine_without_postgres_says_what_to_do_in_one_line(tmp_path, monkey
     """No traceback, no list of everything that was tried."""
     monkeypatch.setattr(postgres, "_program_folders", list)
 
+    server = Postgres(tmp_path / "postgres")
     with pytest.raises(PartMissing) as missing:
-        Postgres(tmp_path / "postgres").start()
+        server.start()
+    server.purge()
 
     assert "apt-get install postgresql" in str(missing.value)
     assert "\n" not in str(missing.value)

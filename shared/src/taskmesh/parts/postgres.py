@@ -76,6 +76,7 @@ class Postgres:
         record = records.read(self._record)
         record.setdefault("password", secrets.token_urlsafe(24))
         record["home"] = str(home)
+        records.write(self._record, record)
         known = Path(record["programs"]) if "programs" in record else None
         programs = known if known and (known / "postgres").exists() else _programs(home, account)
         record["programs"] = str(programs)
@@ -288,15 +289,25 @@ def _programs(home: Path, account: Account | None) -> Path:
             continue
         if account is None or account.reaches((folder / "postgres").resolve()):
             return folder
-        # The wheel is below a folder that is closed to the account, say /root: bring a copy to where the data is.
-        copy = home / "postgresql"
-        if not (copy / "bin" / "postgres").exists():
-            shutil.copytree(folder.parent, copy, dirs_exist_ok=True)
-        return copy / "bin"
+        if folder.parent.name == "pginstall":
+            return _copy_of_wheel(folder, home / "postgresql")
     raise PartMissing(
         "PostgreSQL was not found: run `make up` again after `apt-get install postgresql`,"
         " set TASKMESH_PG_BIN to the folder of its programs, or TASKMESH_DATABASE_URL to a running server."
     )
+
+
+def _copy_of_wheel(programs: Path, copy: Path) -> Path:
+    """Bring the wheel's programs out of a folder that is closed to the account, such as one below /root."""
+    package = programs.parent.parent
+    # The programs look for their libraries beside the package, by a relative path.
+    for part in (package, package.with_name(f"{package.name}.libs")):
+        if part.exists() and not (copy / part.name).exists():
+            draft = copy / f"{part.name}.draft"
+            shutil.rmtree(draft, ignore_errors=True)
+            shutil.copytree(part, draft, symlinks=True)
+            draft.rename(copy / part.name)
+    return copy / programs.relative_to(package.parent)
 
 
 def _program_folders() -> list[Path]:
