@@ -22,7 +22,7 @@ def install(package: str, *, say: Callable[[str], None]) -> None:
     A service that the package would start by itself, on the default port, is not started.
 
     Raises:
-        PartMissing: There is no apt, no right to use it, the person said no, or it failed.
+        PartMissing: There is no apt, no right to use it, the person said no, or it failed; the last lines of apt are in the message then.
     """
     what_to_do = f"install it yourself (`apt-get install {package}`) and try again."
     if not shutil.which("apt-get"):
@@ -34,13 +34,15 @@ def install(package: str, *, say: Callable[[str], None]) -> None:
         answer = input(f"{package} is not installed. Install it now with apt-get? [Y/n] ")
         if answer.strip().lower() not in {"", "y", "yes"}:
             raise PartMissing(f"{package} is needed: {what_to_do}")
-    say(f"installing {package} (apt-get)")
+    say(f"installing {package} (apt-get; this takes a minute)")
     with _services_held_back(as_root):
+        # An outdated list may still do; if not, the installation says so.
         _run([*as_root, "apt-get", "update", "-qq"])
         command = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", package]
-        answer_code = _run([*as_root, "env", "DEBIAN_FRONTEND=noninteractive", *command])
-    if answer_code != 0:
-        raise PartMissing(f"apt-get could not install {package} (see its output above): {what_to_do}")
+        answer = _run([*as_root, "env", "DEBIAN_FRONTEND=noninteractive", *command])
+    if answer.returncode != 0:
+        said = "\n".join(answer.stdout.splitlines()[-8:])
+        raise PartMissing(f"apt-get could not install {package}: {what_to_do} It said:\n{said}")
 
 
 @contextlib.contextmanager
@@ -52,7 +54,7 @@ def _services_held_back(as_root: list[str]) -> Iterator[None]:
     with tempfile.NamedTemporaryFile("w", suffix=".policy") as draft:
         draft.write("#!/bin/sh\nexit 101\n")
         draft.flush()
-        made = _run([*as_root, "install", "-m", "755", draft.name, str(POLICY)]) == 0
+        made = _run([*as_root, "install", "-m", "755", draft.name, str(POLICY)]).returncode == 0
     try:
         yield
     finally:
@@ -67,11 +69,11 @@ def _as_root() -> list[str] | None:
     if not shutil.which("sudo"):
         return None
     interactive = sys.stdin.isatty()
-    if not interactive and _run(["sudo", "-n", "true"]) != 0:
+    if not interactive and _run(["sudo", "-n", "true"]).returncode != 0:
         return None
     return ["sudo"] if interactive else ["sudo", "-n"]
 
 
-def _run(command: list[str]) -> int:
-    # apt's own chatter goes to stderr: stdout may be read by a program.
-    return subprocess.run(command, stdout=sys.stderr.fileno(), check=False).returncode
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    # sudo asks for a password at the terminal itself; everything else that these say is noise unless they fail.
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
