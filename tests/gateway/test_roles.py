@@ -89,11 +89,12 @@ def port_of(log: Path) -> int:
 
 
 async def test_a_task_goes_from_http_to_its_workers_queue_and_every_role_stops_when_asked(
-    environment, start: Start, broker, tmp_path: Path, eventually
+    environment, start: Start, broker, otlp_sink, tmp_path: Path, eventually
 ):
     """One process for each role, the database role with rows' rights only, and a caller with a key from `keys create`."""
     await asyncio.to_thread(_declare_worker, broker)
-    roles = {role: start(role) for role in ("api", "projector", "scheduler", "relay")}
+    collector = {"OTEL_EXPORTER_OTLP_ENDPOINT": otlp_sink.endpoint}
+    roles = {role: start(role, **collector) for role in ("api", "projector", "scheduler", "relay")}
     key = run_gateway(
         environment, "keys", "create", "--name", "test", "--scopes", "tasks:write, tasks:read, types:read"
     ).stdout.strip()
@@ -123,6 +124,11 @@ async def test_a_task_goes_from_http_to_its_workers_queue_and_every_role_stops_w
         log = (tmp_path / f"{role}.log").read_text()
         assert '"level": "ERROR"' not in log, log
         assert "Traceback" not in log, log
+    trace_id = accepted.json()["trace_id"]
+    [server] = otlp_sink.wait_for(1, name="POST /v1/tasks", where=lambda span: span.trace_id == trace_id)
+    assert (server.service, server.kind, server.parent_id) == ("gateway", "server", "")
+    assert message["traceparent"].split("-")[1:3] == [trace_id, server.span_id]
+    assert not [span.name for span in otlp_sink.spans if span.name.endswith((" send", " receive"))]
 
 
 async def _is_known(http: httpx.AsyncClient, type_name: str) -> bool:

@@ -310,6 +310,8 @@ class TestLists:
             {"limit": 201},
             {"state": "gone"},
             {"colour": "red"},
+            {"type": "a\x00"},
+            {"tag": "\x00"},
         ],
     )
     async def test_a_query_that_cannot_be_read_is_a_problem(self, api, query):

@@ -69,7 +69,7 @@ class TaskQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    type: Annotated[str, Field(max_length=200)] | None = None
+    type: Annotated[str, Field(max_length=200, pattern=r"^[^\x00]*$")] | None = None
     state: TaskState | None = None
     tag: Annotated[str, Field(max_length=64, pattern=r"^[^\x00]*$")] | None = None
     root_id: UUID | None = None
