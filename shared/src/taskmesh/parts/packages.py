@@ -22,7 +22,7 @@ def install(package: str, *, say: Callable[[str], None]) -> None:
     A service that the package would start by itself, on the default port, is not started.
 
     Raises:
-        PartMissing: There is no apt, no right to use it, the person said no, or it failed; the last lines of apt are in the message then.
+        PartMissing: There is no apt, no right to use it, the person said no, or it failed, with its last words.
     """
     what_to_do = f"install it yourself (`apt-get install {package}`) and try again."
     if not shutil.which("apt-get"):
@@ -39,9 +39,9 @@ def install(package: str, *, say: Callable[[str], None]) -> None:
         # An outdated list may still do; if not, the installation says so.
         _run([*as_root, "apt-get", "update", "-qq"])
         command = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", package]
-        answer = _run([*as_root, "env", "DEBIAN_FRONTEND=noninteractive", *command])
-    if answer.returncode != 0:
-        said = "\n".join(answer.stdout.splitlines()[-8:])
+        installed = _run([*as_root, "env", "DEBIAN_FRONTEND=noninteractive", *command])
+    if installed.returncode != 0:
+        said = "\n".join(installed.stdout.splitlines()[-8:])
         raise PartMissing(f"apt-get could not install {package}: {what_to_do} It said:\n{said}")
 
 
