@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import logging
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ from taskmesh import logs, telemetry
 from taskmesh.health import Health
 from taskmesh.settings import ServiceSettings, load
 from taskmesh.telemetry import release
+
+logger = logging.getLogger(__name__)
 
 SERVICE = "gateway"
 SCRIPTS = Path(__file__).parent / "migrations"
@@ -89,9 +92,11 @@ def serve(settings: ApiSettings) -> None:
     from gateway.api import create_app
 
     logs.configure(settings.log_format, settings.log_level, SERVICE, "api")
+    # It tells of its own coming and going only.
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     telemetry.start(SERVICE, "api")
     health = Health(settings.health_dir, f"{SERVICE}-api")
-    app = create_app(settings, on_ready=health.ready)
+    app = create_app(settings, health)
 
     class Server(uvicorn.Server):
         """Stops on a signal, after sending those home who wait for a task.
@@ -122,6 +127,8 @@ def serve(settings: ApiSettings) -> None:
     )
     # Bound here and not by uvicorn, so that the readiness file appears when connections are taken.
     listener = config.bind_socket()
+    host, port = listener.getsockname()[:2]
+    logger.info("serving", extra={"url": f"http://{host}:{port}"})
     try:
         Server(config).run(sockets=[listener])
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
 
@@ -14,18 +14,21 @@ from gateway.bodies import BodyLimit
 from gateway.catalogue import Catalogue
 from gateway.dependencies import Gateway
 from gateway.openapi import LiveOpenApi
-from gateway.routes import documents, health, schedules, tasks, types
+from gateway.routes import documents, probes, schedules, tasks, types
 from gateway.settings import ApiSettings
 from gateway.transactions import open_engine
 from gateway.waiting import Doorbell
+from taskmesh.health import Health
 from taskmesh.telemetry import release
 
+BEAT_SECONDS = 5
 
-def create_app(settings: ApiSettings, *, on_ready: Callable[[], None] = lambda: None) -> FastAPI:
+
+def create_app(settings: ApiSettings, health: Health | None = None) -> FastAPI:
     """The application. It connects when it is first used, so without a database it starts and says so.
 
     Args:
-        on_ready: Called when requests can be taken.
+        health: Ready once requests can be taken, alive while the event loop turns.
     """
     engine = open_engine(
         settings.database_url,
@@ -42,20 +45,20 @@ def create_app(settings: ApiSettings, *, on_ready: Callable[[], None] = lambda: 
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        listening = asyncio.create_task(gateway.doorbell.run())
-        on_ready()
+        companions = [asyncio.create_task(gateway.doorbell.run()), asyncio.create_task(_beat(health))]
         try:
             yield
         finally:
             gateway.doorbell.stop()
-            listening.cancel()
-            await asyncio.gather(listening, return_exceptions=True)
+            for companion in companions:
+                companion.cancel()
+            await asyncio.gather(*companions, return_exceptions=True)
             await engine.dispose()
 
     app = FastAPI(title="Taskmesh gateway", openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.gateway = gateway
     app.state.openapi = LiveOpenApi(app, release())
-    for router in (tasks.router, types.router, schedules.router, health.router, documents.router):
+    for router in (tasks.router, types.router, schedules.router, probes.router, documents.router):
         app.include_router(router)
     problems.install(app)
     # The last one added is the first that a request meets.
@@ -64,3 +67,12 @@ def create_app(settings: ApiSettings, *, on_ready: Callable[[], None] = lambda: 
     app.add_middleware(tracing.TraceHeader)
     tracing.instrument(app)
     return app
+
+
+async def _beat(health: Health | None) -> None:
+    if health is None:
+        return
+    health.ready()
+    while True:
+        await asyncio.sleep(BEAT_SECONDS)
+        health.beat()
