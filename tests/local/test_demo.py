@@ -28,6 +28,7 @@ class SmallMesh:
         self.lost_mails = 0
         self.second_mails = 0
         self.lenient = False
+        self.attachments = [{"media_type": "application/pdf", "size_bytes": 1000}]
         self.outages = 0
         self._ids = (str(UUID(int=number)) for number in itertools.count(1))
         self._tasks = []
@@ -48,7 +49,7 @@ class SmallMesh:
         mailing["result"] = {"message_id": mailing["id"]}
         mail = {
             "message_id": f"<{mailing['id']}.invoice@taskmesh.example>",
-            "attachments": [{"media_type": "application/pdf", "size_bytes": 1000}],
+            "attachments": self.attachments,
         }
         self._mails += [mail] * (1 + (len(self.keys) <= self.second_mails)) * (len(self.keys) > self.lost_mails)
         return 202, {**root, "state": "queued"}
@@ -179,11 +180,20 @@ def test_a_mail_that_does_not_come_ends_the_demo_in_time(mesh, capsys):
     assert "2 of 27 invoices were not mailed within 0.3 s; the first waits for its mail" in capsys.readouterr().err
 
 
-def test_a_mail_too_many_is_a_failure(mesh, capsys):
+def test_a_mail_that_was_sent_again_is_told_of(mesh, capsys):
     mesh.second_mails = 1
 
+    assert demo.main([]) == 0
+    out = capsys.readouterr().out
+    assert "27 invoices and 28 mails" in out
+    assert "Sent again under the same Message-ID, as a mail program can tell: INV-2026-000001" in out
+
+
+def test_a_mail_without_its_document_is_a_failure(mesh, capsys):
+    mesh.attachments = []
+
     assert demo.main([]) == 1
-    assert "INV-2026-000001 has 2 mails" in capsys.readouterr().err
+    assert "the mail of invoice INV-2026-000001 is without its document" in capsys.readouterr().err
 
 
 def test_a_bad_invoice_that_is_accepted_is_a_failure(mesh, capsys):

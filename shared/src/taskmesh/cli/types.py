@@ -89,7 +89,7 @@ def _fields(
     for name, raw in node.get("properties", {}).items():
         one, optional = _resolve(raw, definitions)
         path = prefix + name
-        default = f"default {one['default']}" if one.get("default") is not None else ""
+        default = f"default {one['default']}" if one.get("default") not in (None, [], {}) else ""
         described = [_limits(one), default, str(one.get("description", "")).partition("\n")[0]]
         meaning = "; ".join(part for part in described if part)
         yield path, _kind(one, definitions) + ("?" if optional else ""), "yes" if name in needed else "", meaning
