@@ -175,10 +175,20 @@ def test_a_request_that_is_not_safe_to_repeat_is_sent_once(mesh, gateway):
     gateway.will(gateway.hangup())
 
     with pytest.raises(client.GatewayUnreachable):
-        mesh.schedules.create("nightly", "a.b", {}, cron="30 2 * * *", timezone="Europe/Berlin")
+        mesh.schedules.delete(gateway.task_id)
 
     assert len(gateway.asked) == 1
-    assert gateway.asked[0].body == {
+
+
+def test_a_schedule_is_made_under_a_key_of_its_own(mesh, gateway):
+    stored = {"id": gateway.task_id, "name": "nightly", "type": "a.b", "cron": "30 2 * * *"}
+    gateway.will(gateway.hangup(), gateway.reply(201, stored))
+
+    mesh.schedules.create("nightly", "a.b", {}, cron="30 2 * * *", timezone="Europe/Berlin")
+
+    first, second = gateway.asked
+    assert first.headers["idempotency-key"] == second.headers["idempotency-key"]
+    assert second.body == {
         "name": "nightly",
         "type": "a.b",
         "payload": {},
@@ -261,12 +271,11 @@ def test_waiting_that_is_over_raises_with_the_task_as_it_is(mesh, gateway):
     assert caught.value.task.state is client.TaskState.RUNNING
 
 
-def test_a_tree_is_finished_when_nothing_more_comes(mesh, gateway):
+def test_a_tree_is_finished_when_all_of_its_tasks_are(mesh, gateway):
     root = gateway.task_json("succeeded")
     child = {**gateway.task_json("running"), "id": gateway.child_id, "parent_id": gateway.task_id}
     gateway.will(
         gateway.task("succeeded"),
-        gateway.reply(body={"items": [root]}),
         gateway.reply(body={"items": [child, root]}),
         gateway.reply(body={"items": [{**child, "state": "failed"}, root]}),
     )

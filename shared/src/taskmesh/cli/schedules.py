@@ -60,7 +60,7 @@ def list_schedules(*, as_json: AsJson = False) -> None:
     now = datetime.now(UTC)
     shown = output.table("ID", "NAME", "TYPE", "FIRES", "NEXT", "LAST")
     for one in schedules:
-        following = "paused" if one.paused_at else output.ago(one.next_fire_at, now) if one.next_fire_at else "never"
+        following = "paused" if one.paused else output.ago(one.next_fire_at, now) if one.next_fire_at else "never"
         last = output.ago(one.last_fire_at, now) if one.last_fire_at else ""
         shown.add_row(str(one.id), one.name, one.type, one.rhythm, following, last)
     output.show(shown)
@@ -105,7 +105,8 @@ def _show(one: Schedule, *, as_json: bool) -> None:
             ("name", one.name),
             ("type", one.type),
             ("fires", one.rhythm),
-            ("next", "paused" if one.paused_at else output.moment_text(one.next_fire_at, now)),
+            ("next", "paused" if one.paused else output.moment_text(one.next_fire_at, now)),
+            ("then", ", ".join(f"{moment.astimezone():%Y-%m-%d %H:%M:%S %z}" for moment in one.next_fires[1:])),
             ("last", output.moment_text(one.last_fire_at, now)),
             ("last task", one.last_task_id),
             ("error", one.last_error and Text(one.last_error, style="red")),

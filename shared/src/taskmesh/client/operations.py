@@ -24,8 +24,6 @@ EARLY_SECONDS = 0.5
 
 LARGEST_PAGE = 200
 TREE_POLL_SECONDS = 0.25
-TREE_QUIET_SECONDS = 2.0
-"""How long a tree must be all finished: a follow-up task reaches the ledger a little after its parent is finished."""
 
 Seconds: TypeAlias = float | timedelta
 """A length of time; a bare number is seconds."""
@@ -98,6 +96,7 @@ class Filter(TypedDict, total=False):
     root_id: UUID | str | None
     """All tasks of one request: the root itself and everything it led to."""
     parent_id: UUID | str | None
+    schedule_id: UUID | str | None
     created_after: datetime | None
     created_before: datetime | None
 
@@ -115,7 +114,7 @@ def submit(
         Request(
             method="POST",
             path="/v1/tasks",
-            headers={**_key_header(idempotency_key), **_prefer_wait(deadline)},
+            headers={**key_header(idempotency_key), **_prefer_wait(deadline)},
             body=Submission(type=type_name, payload=content, **cast("TaskOptions", said)).body(),
             repeatable=True,
             hold_seconds=_hold_seconds(deadline),
@@ -134,7 +133,7 @@ def submit_many(
         Request(
             method="POST",
             path="/v1/tasks:batchCreate",
-            headers=_key_header(idempotency_key),
+            headers=key_header(idempotency_key),
             body={"tasks": [each.body() for each in submissions]},
             repeatable=True,
         ),
@@ -172,16 +171,13 @@ def wait_tree(root_id: UUID | str, timeout: Seconds, patience: Patience) -> Oper
     """All tasks of one request, once all are finished; see `Taskmesh.wait_tree`."""
     deadline = Deadline(in_seconds(timeout))
     yield from wait(root_id, timeout, patience)
-    quiet = Deadline(TREE_QUIET_SECONDS)
-    known = 0
     while True:
+        # A task's children reach the ledger together with its outcome: a tree that is all finished is complete.
         tasks = yield from collect(list_tasks(Filter(root_id=root_id), None, LARGEST_PAGE, patience))
         unfinished = [task for task in tasks if not task.finished]
-        if unfinished or len(tasks) != known:
-            quiet, known = Deadline(TREE_QUIET_SECONDS), len(tasks)
-        elif not quiet.remaining:
+        if not unfinished:
             return tuple(sorted(tasks, key=lambda task: (task.parent_id is not None, task.created_at)))
-        if unfinished and not deadline.remaining:
+        if not deadline.remaining:
             raise WaitTimeout(unfinished[0], deadline.seconds)
         yield Pause(TREE_POLL_SECONDS)
 
@@ -249,7 +245,8 @@ def _prefer_wait(deadline: Deadline) -> dict[str, str]:
     return {"Prefer": f"wait={seconds}"} if seconds else {}
 
 
-def _key_header(idempotency_key: str | None) -> dict[str, str]:
+def key_header(idempotency_key: str | None) -> dict[str, str]:
+    """The header that makes a request safe to repeat, under the caller's key or one made for this call."""
     return {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
 
 

@@ -117,14 +117,17 @@ class Schedule(Result):
     interval_seconds: float | None = None
     timezone: str = "UTC"
     misfire: str = "once"
+    misfire_window_seconds: float = 3600.0
     overlap: str = "allow"
     starts_at: datetime | None = None
     ends_at: datetime | None = None
-    paused_at: datetime | None = None
+    paused: bool = False
     owner: str | None = None
     """The service that announced it; None for one made over HTTP."""
     next_fire_at: datetime | None = None
     """None while paused, and when no fire is left."""
+    next_fires: tuple[datetime, ...] = ()
+    """Some more, to check a cron line by."""
     last_fire_at: datetime | None = None
     last_task_id: UUID | None = None
     last_error: str | None = None

@@ -9,7 +9,7 @@ from urllib.parse import quote
 from uuid import UUID
 
 from taskmesh.client.exchange import Operation, Patience, Request, call
-from taskmesh.client.operations import content_of, instant
+from taskmesh.client.operations import content_of, instant, key_header
 from taskmesh.client.paging import emit_pages
 from taskmesh.client.results import Schedule, SchedulePage
 from taskmesh.contracts import Command
@@ -55,10 +55,16 @@ def create(
     options: NewSchedule,
     patience: Patience,
 ) -> Operation[Schedule]:
-    """Store a schedule under its name. Not repeated once it may have been seen: the name would be taken."""
+    """Store a schedule under its name, once however often the request has to be sent."""
     type_name, content = content_of(task, payload)
-    body = {"name": name, "type": type_name, "payload": dict(content), **_json(options)}
-    return (yield from _one(Request(method="POST", path="/v1/schedules", body=body, repeatable=False), patience))
+    request = Request(
+        method="POST",
+        path="/v1/schedules",
+        headers=key_header(None),
+        body={"name": name, "type": type_name, "payload": dict(content), **_json(options)},
+        repeatable=True,
+    )
+    return (yield from _one(request, patience))
 
 
 def list_schedules(page_size: int, patience: Patience) -> Operation[None]:
@@ -88,7 +94,7 @@ def resume(schedule_id: UUID | str, patience: Patience) -> Operation[Schedule]:
 
 
 def delete(schedule_id: UUID | str, patience: Patience) -> Operation[None]:
-    """Fire never again; tasks that it has submitted stay."""
+    """Fire never again; tasks that it has submitted stay. Sent once: a second time, there would be no such schedule."""
     yield from call(Request(method="DELETE", path=_path(schedule_id), repeatable=False), patience)
 
 
