@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -171,25 +172,22 @@ def test_a_process_is_not_mistaken_for_another_with_its_pid():
 
 def test_killing_a_process_takes_what_it_started_along(tmp_path):
     """A worker that was killed from outside has left its pool behind; the next kill finds it by its session."""
-    script = "import os; os.fork() or os.fork(); print(os.getpid(), flush=True); import signal; signal.pause()"
+    script = "import os, signal; os.fork() or os.fork(); print(os.getpid(), flush=True); signal.pause()"
+    os.mkfifo(tmp_path / "log")
+    reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
     process = spawn([sys.executable, "-c", script], log=tmp_path / "log")
-    pids = _wait_for_lines(tmp_path / "log", 3)
-    members = [Process.of(int(pid)) for pid in pids]
+    try:
+        os.set_blocking(reader, True)
+        with os.fdopen(reader) as log:
+            members = [Process.of(int(log.readline())) for _ in range(3)]
 
-    os.kill(process.pid, 9)
-    process.wait(5)
-    assert any(member.is_running() for member in members)
-    process.kill()
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(5)
+        assert sum(member.is_running() for member in members) == 2
+    finally:
+        process.kill()
 
     assert all(member.wait(5) for member in members)
-
-
-def _wait_for_lines(log, count):
-    """Read lines as they are written; the spawned process has no pipe to us."""
-    with subprocess.Popen(["tail", "-n", "+1", "-F", str(log)], stdout=subprocess.PIPE, text=True) as tail:
-        lines = [tail.stdout.readline().strip() for _ in range(count)]
-        tail.kill()
-    return lines
 
 
 def test_free_ports_are_out_of_the_way_of_outgoing_connections():
