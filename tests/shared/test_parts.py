@@ -172,7 +172,7 @@ def test_a_process_is_not_mistaken_for_another_with_its_pid():
 
 def test_killing_a_process_takes_what_it_started_along(tmp_path):
     """A worker that was killed from outside has left its pool behind; the next kill finds it by its session."""
-    script = "import os, signal; os.fork() or os.fork(); print(os.getpid(), flush=True); signal.pause()"
+    script = "import os, signal; os.fork() or os.fork(); os.write(1, b'%d\\n' % os.getpid()); signal.pause()"
     os.mkfifo(tmp_path / "log")
     reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
     process = spawn([sys.executable, "-c", script], log=tmp_path / "log")
