@@ -318,3 +318,41 @@ def test_a_letters_fingerprint_tells_two_deaths_of_one_message_apart():
     first, second = dead_letters.from_broker(dead(reason="rejected")), dead_letters.from_broker(dead(reason="expired"))
 
     assert first.fingerprint() != second.fingerprint()
+
+
+async def test_a_finished_task_comes_with_its_children_and_one_task_for_each_listener(projector, gateway_engine):
+    """A tree is never finished and incomplete at the same time."""
+    root, child, emitted = uuid4(), uuid4(), uuid4()
+    listening = TypeManifest(
+        type="greeter.person.greeted", kind=TaskKind.EVENT, queue="mailer.events", payload_schema={"type": "object"}
+    )
+    for service in ("mailer", "counter"):
+        announced = Manifest(service=service, release="1", types=(listening,), announced_at=datetime.now(UTC))
+        await projector.handle([delivery(announced.model_dump_json().encode(), key=f"manifest.{service}")])
+    children = (
+        event(TaskState.QUEUED, task_id=child, root_id=root, parent_id=root),
+        event(
+            TaskState.QUEUED,
+            task_id=emitted,
+            event_id=emitted,
+            kind=TaskKind.EVENT,
+            type="greeter.person.greeted",
+            root_id=root,
+            parent_id=root,
+        ),
+    )
+
+    outcome = event(TaskState.SUCCEEDED, task_id=root, root_id=root, children=children)
+    await projector.handle([delivery(lifecycle.encode([outcome]))])
+
+    async with gateway_engine.connect() as connection:
+        told = await connection.execute(
+            select(tasks.c.id, tasks.c.state, tasks.c.service).where(tasks.c.root_id == root)
+        )
+        found = {(row.id, row.state, row.service) for row in told}
+    assert found == {
+        (root, "succeeded", "greeter"),
+        (child, "queued", "greeter"),
+        (celery_protocol.listener_task_id(emitted, "mailer"), "queued", "mailer"),
+        (celery_protocol.listener_task_id(emitted, "counter"), "queued", "counter"),
+    }

@@ -104,8 +104,7 @@ async def test_who_has_seen_everything_is_told_not_to_come_back(api):
     assert response.status_code == 204
 
 
-async def test_a_tree_is_followed_until_all_of_it_is_finished(api, monkeypatch):
-    monkeypatch.setattr(waiting, "TREE_QUIET_SECONDS", 0.3)
+async def test_a_tree_is_followed_until_all_of_it_is_finished(api):
     view = await api.submit()
     root, child = UUID(view["id"]), uuid4()
 
@@ -122,19 +121,6 @@ async def test_a_tree_is_followed_until_all_of_it_is_finished(api, monkeypatch):
 
     assert {(event["task_id"], event["state"]) for event in seen} == {(str(root), "succeeded"), (str(child), "running")}
     assert rest == ["succeeded"]
-
-
-async def test_a_tree_waits_a_moment_for_a_child_that_is_told_of_after_its_parents_end(api, monkeypatch):
-    monkeypatch.setattr(waiting, "TREE_QUIET_SECONDS", 2.0)
-    view = await api.submit()
-    root, child = UUID(view["id"]), uuid4()
-    await advance(api, happened(root, TaskState.SUCCEEDED, root_id=root))
-
-    async with follow(api, view["id"], tree=True) as stream:
-        assert [(await stream.next())["state"] for _ in range(2)] == ["queued", "succeeded"]
-        await advance(api, happened(child, TaskState.SUCCEEDED, root_id=root, parent_id=root))
-
-        assert await stream.rest() == ["succeeded"]
 
 
 async def test_streams_end_when_the_process_stops(api):

@@ -8,7 +8,6 @@ import time
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from celery.exceptions import SoftTimeLimitExceeded
 from sqlalchemy import text
 
 from taskmesh.contracts import Command, Event
@@ -23,7 +22,17 @@ class PlaceOrder(Command, type="orders.order.place"):
 
     name: str
     mode: Literal[
-        "well", "retry", "transient", "permanent", "bug", "follow", "emit", "crash_before", "crash_after", "slow", "hang"
+        "well",
+        "retry",
+        "transient",
+        "permanent",
+        "bug",
+        "follow",
+        "emit",
+        "crash_before",
+        "crash_after",
+        "slow",
+        "hang",
     ] = "well"
     times: int = 0
 
@@ -69,10 +78,7 @@ def place(self: MeshTask, command: PlaceOrder) -> dict[str, Any]:
     if command.mode == "slow":
         time.sleep(1.0)
     if command.mode == "hang":
-        try:
-            self.session.execute(text("select pg_sleep(60)"))
-        except SoftTimeLimitExceeded:
-            raise
+        self.session.execute(text("select pg_sleep(60)"))
     return {"order": command.name}
 
 

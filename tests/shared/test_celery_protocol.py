@@ -52,7 +52,9 @@ def celery_message(**options: Any) -> tuple[dict[str, Any], dict[str, Any], byte
 @pytest.mark.parametrize("name", ["command", "event"])
 def test_the_wire_bytes_are_the_golden_ones(name: str) -> None:
     """A change of the wire format is a change of this file, seen in review."""
-    message = MESSAGE if name == "command" else TaskMessage(type="billing.document.ready", id=MESSAGE.id, kind=TaskKind.EVENT)
+    message = (
+        MESSAGE if name == "command" else TaskMessage(type="billing.document.ready", id=MESSAGE.id, kind=TaskKind.EVENT)
+    )
     headers, properties, body = celery_protocol.encode(message)
 
     golden = json.loads((GOLDEN / f"{name}.json").read_text())

@@ -1,7 +1,7 @@
 """Celery message protocol v2, written and read here and nowhere else.
 
-A Taskmesh message *is* a Celery message: plain Celery can publish to the mesh, and Celery's worker runs what the gateway
-publishes. What the mesh adds travels in headers that start with `taskmesh_`, and in W3C `traceparent`.
+A Taskmesh message *is* a Celery message: plain Celery can publish to the mesh, and Celery's worker runs what the
+gateway publishes. What the mesh adds travels in headers that start with `taskmesh_`, and in W3C `traceparent`.
 
 Source: https://docs.celeryq.dev/en/stable/internals/protocol.html, held against Celery's own code by
 `tests/shared/test_celery_protocol.py` and the golden files in `tests/contracts/golden/`.
@@ -28,10 +28,10 @@ TENANT_HEADER = "taskmesh_tenant"
 EXPIRES_HEADER = "taskmesh_expires_at"
 EVENT_ID_HEADER = "taskmesh_event_id"
 ETA_HEADER = "taskmesh_eta"
-"""The `eta` of a message that plain Celery published: our consumer moves it here, so that no worker holds it in memory."""
+"""The `eta` of a message that plain Celery published: our consumer moves it here, so no worker holds it in memory."""
 
 REDACTED = "<redacted>"
-"""Stands for the arguments in `argsrepr` and `kwargsrepr`, which Celery logs and would fill with a kilobyte of payload."""
+"""Stands for the arguments in `argsrepr` and `kwargsrepr`, which Celery would fill with payload, and log."""
 
 REPLACEMENT_STRIDE = 10_000
 """`Task.replace` keeps the id and restarts `retries` at 0, so an attempt's place is nesting * stride + retries."""
@@ -85,7 +85,7 @@ def sequence(replacements: int, retries: int) -> int:
 
 
 def listener_task_id(event_id: UUID, service: str) -> UUID:
-    """The id of the task in which `service` handles the event: the same for every delivery, another for every service."""
+    """The id of the task in which `service` handles the event: one for each service, however often it is delivered."""
     return uuid5(event_id, service)
 
 
@@ -187,7 +187,7 @@ def read(headers: Mapping[str, Any] | None, content: Any, *, priority: int | Non
     """
     if not isinstance(headers, Mapping):
         raise MalformedMessage("headers are missing")
-    if not isinstance(content, list | tuple) or len(content) != 3:  # noqa: PLR2004 - the protocol's three parts
+    if not isinstance(content, list | tuple) or len(content) != 3:
         raise MalformedMessage("body must be [args, kwargs, embed]")
     args, kwargs, embed = content
     if not isinstance(args, list | tuple):
@@ -235,7 +235,7 @@ def _dumps(content: Any) -> bytes:
 def _is_timelimit(value: Any) -> bool:
     return (
         isinstance(value, list | tuple)
-        and len(value) == 2  # noqa: PLR2004 - hard and soft
+        and len(value) == 2
         and all(limit is None or (isinstance(limit, int | float) and not isinstance(limit, bool)) for limit in value)
     )
 

@@ -10,8 +10,9 @@ from enum import StrEnum
 from uuid import UUID
 
 from sqlalchemy import Column, DateTime, Integer, Table, Text, Uuid, func, select
-from sqlalchemy.dialects.postgresql import Insert, insert
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.dml import ReturningInsert
 
 from taskmesh.outbox import metadata
 
@@ -43,7 +44,7 @@ def claim(session: Session, task_id: UUID, sequence: int, state: InboxState) -> 
     return session.execute(_claim(task_id, sequence, state)).one_or_none() is not None
 
 
-def _claim(task_id: UUID, sequence: int, state: InboxState) -> Insert:
+def _claim(task_id: UUID, sequence: int, state: InboxState) -> ReturningInsert[tuple[UUID]]:
     statement = insert(inbox).values(task_id=task_id, sequence=sequence, state=state.value)
     return statement.on_conflict_do_update(
         index_elements=[inbox.c.task_id],

@@ -20,7 +20,12 @@ from opentelemetry import trace
 _facts: ContextVar[dict[str, Any] | None] = ContextVar("taskmesh_log_facts", default=None)
 
 # Every attribute that the logging module itself sets: what is left over came in through `extra`.
-_BUILT_IN = frozenset(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {"message", "asctime", "taskName", "data"}
+_BUILT_IN = frozenset(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {
+    "message",
+    "asctime",
+    "taskName",
+    "data",
+}
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class ServiceSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="TASKMESH_", frozen=True, extra="ignore")
 
     database_url: PostgresUrl
-    """`postgresql://role:password@host:port/database`; the setup role is given the owner's, every other role its own."""
+    """`postgresql://role:password@host:port/database`; setup is given the owner's, every other role its own."""
     amqp_url: AmqpUrl
     """`amqp://user:password@host:port/vhost`, likewise."""
     log_format: Literal["json", "console"] = "json"
@@ -79,5 +79,5 @@ def load(settings: type[SettingsT]) -> SettingsT:
         for problem in error.errors():
             variable = prefix + "_".join(str(part) for part in problem["loc"]).upper()
             # The value is left out: it may hold a password.
-            print(f"{variable}: {problem['msg']}", file=sys.stderr)
+            sys.stderr.write(f"{variable}: {problem['msg']}\n")
         raise SystemExit(2) from None

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from sqlalchemy.exc import DataError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from gateway import catalogue, dead_letters, idempotency, ledger, schedules
+from gateway import catalogue, dead_letters, idempotency, ledger, lineage, schedules
 from gateway.dead_letters import DeadLetter
 from gateway.transactions import transaction
 from taskmesh import lifecycle, telemetry
@@ -76,7 +76,8 @@ class Projector:
         now = datetime.now(UTC)
         failures = [failure for letter in batch.letters if (failure := letter.failure(now)) is not None]
         async with transaction(self._engine) as connection:
-            accepted = await ledger.advance(connection, [*batch.events, *failures])
+            events = await lineage.with_children(connection, batch.events)
+            accepted = await ledger.advance(connection, [*events, *failures])
             await dead_letters.store(connection, batch.letters)
             for manifest in batch.manifests.values():
                 await _announce(connection, manifest)

@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS: Final = 2.0
 KEEP_ALIVE_SECONDS: Final = 15.0
-TREE_QUIET_SECONDS: Final = 2.0
-"""How long a tree must be all finished before its stream ends: a follow-up task reaches the ledger after its parent."""
 PAGE: Final = 500
 
 
@@ -147,7 +145,7 @@ class Follower:
         Also ends when the process stops or the database goes away: the reader comes back with what it saw last.
         """
         clock = asyncio.get_running_loop().time
-        after, quiet_since, spoke_at = self.after, clock(), clock()
+        after, spoke_at = self.after, clock()
         with self.doorbell.subscribe(self.root_id) as bell:
             while not self.doorbell.stopping:
                 bell.clear()
@@ -161,13 +159,9 @@ class Follower:
                     yield row
                 if len(rows) == PAGE:
                     continue
-                if unfinished or rows:
-                    quiet_since = clock()
-                ends_at = quiet_since + (TREE_QUIET_SECONDS if self.task_id is None else 0)
-                if not unfinished and clock() >= ends_at:
+                if not unfinished:
                     return
-                wait_seconds = POLL_SECONDS if unfinished else ends_at - clock()
-                if not await _rung(bell, wait_seconds) and clock() - spoke_at >= KEEP_ALIVE_SECONDS:
+                if not await _rung(bell, POLL_SECONDS) and clock() - spoke_at >= KEEP_ALIVE_SECONDS:
                     spoke_at = clock()
                     yield None
 

@@ -28,11 +28,11 @@ class Contract(Part):
     type_name: ClassVar[str] = ""
     version: ClassVar[int] = 1
 
-    def __init_subclass__(cls, *, type: str = "", version: int = 1, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, type: str = "", version: int = 1, **kwargs: Any) -> None:  # noqa: A002 - it reads well
         super().__init_subclass__(**kwargs)
 
     @classmethod
-    def __pydantic_init_subclass__(cls, *, type: str = "", version: int = 1, **kwargs: Any) -> None:
+    def __pydantic_init_subclass__(cls, *, type: str = "", version: int = 1, **kwargs: Any) -> None:  # noqa: A002
         super().__pydantic_init_subclass__(**kwargs)
         if not type:
             return

@@ -84,6 +84,12 @@ class LifecycleEvent(Part):
     """`host:pid` of the process that ran the attempt."""
     result: Any = None
     failure: TaskFailure | None = None
+    children: tuple[LifecycleEvent, ...] = ()
+    """The tasks that this one has started, told with its outcome: so whoever sees it finished sees them too.
+
+    A child of kind `event` is an event that was emitted: its `task_id` is the event's, and what becomes of it is one
+    task for each service that listens.
+    """
 
 
 LIFECYCLE_BATCH: TypeAdapter[list[LifecycleEvent]] = TypeAdapter(list[LifecycleEvent])

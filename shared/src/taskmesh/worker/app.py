@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 
 from celery import Celery
 from celery.utils.time import maybe_iso8601, maybe_make_aware
-from kombu import Exchange, Queue
+from kombu.entity import Exchange, Queue
 from kombu.serialization import dumps
 from pydantic import TypeAdapter
 from pydantic.errors import PydanticUserError
@@ -61,6 +61,7 @@ class OutboxProducer:
     def __init__(self, unit: units.Unit, *, due_at: datetime | None = None) -> None:
         self._unit = unit
         self._due_at = due_at
+        self.sent: list[OutboxMessage] = []
 
     def publish(
         self,
@@ -90,7 +91,7 @@ class OutboxProducer:
         if priority is not None:
             properties["priority"] = priority
         expires_at = headers.get(celery_protocol.EXPIRES_HEADER)
-        self._unit.messages.append(
+        self.sent.append(
             OutboxMessage(
                 exchange=getattr(exchange, "name", exchange),
                 routing_key=routing_key,
@@ -103,6 +104,7 @@ class OutboxProducer:
                 task_id=UUID(headers["id"]),
             )
         )
+        self._unit.messages.append(self.sent[-1])
 
 
 class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
@@ -281,20 +283,17 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
             return super().send_task(name, args, kwargs, mandatory=True, **options)
         for connected in ("producer", "connection", "redelivered"):
             options.pop(connected, None)
-        return self._to_outbox(unit, name, args, kwargs, due_at, options)
+        return self._to_outbox(OutboxProducer(unit, due_at=due_at), name, args, kwargs, options)
 
-    def _to_outbox(
-        self, unit: units.Unit, name: str, args: Any, kwargs: Any, due_at: datetime | None, options: dict[str, Any]
-    ) -> Any:
+    def _to_outbox(self, producer: OutboxProducer, name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> Any:
         request = self.current_worker_task.request if self.current_worker_task else None
         # Celery fills an empty parent in with the running task, and so makes a retried root its own parent.
         orphan = request is not None and options["task_id"] == request.id and not request.parent_id
         if orphan:
-            options["parent_id"] = request.id
-        before = len(unit.messages)
-        result = super().send_task(name, args, kwargs, producer=OutboxProducer(unit, due_at=due_at), **options)
+            options["parent_id"] = options["task_id"]
+        result = super().send_task(name, args, kwargs, producer=producer, **options)
         if orphan:
-            for message in unit.messages[before:]:
+            for message in producer.sent:
                 message.headers["parent_id"] = None
         return result
 
@@ -319,7 +318,7 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
         if traceparent:
             headers.setdefault("traceparent", traceparent)
         expires_at = self._expires_at(options.pop("expires", None) or getattr(self.tasks.get(name), "expires", None))
-        # Celery would turn `expires` into a TTL that counts from publishing, and would acknowledge expired tasks unseen.
+        # Celery would turn `expires` into a TTL that counts from publishing, and acknowledge expired tasks unseen.
         options["expires"] = None
         if expires_at:
             headers.setdefault(celery_protocol.EXPIRES_HEADER, expires_at.isoformat())
@@ -364,8 +363,9 @@ def configuration(service: str, settings: WorkerSettings, *, listens: bool) -> d
         "worker_send_task_events": False,
         "worker_hijack_root_logger": False,
         "worker_redirect_stdouts": False,
-        # Else both copies of a task run to their end after a lost connection.
-        "worker_cancel_long_running_tasks_on_connection_loss": True,
+        # A task goes on when the broker is lost: its outcome is committed, and its redelivery waits for it at the inbox
+        # row. Killed while it waits for a provider or a mail relay, it would leave an outcome that nobody knows.
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
         "worker_soft_shutdown_timeout": settings.soft_shutdown_seconds,
         "worker_detect_quorum_queues": True,
         "task_queues": queues,
@@ -399,7 +399,9 @@ def _require_uuid(name: str, task_id: str) -> None:
     try:
         UUID(task_id)
     except ValueError as error:
-        raise ValueError(f"{name}: task_id {task_id!r} must be a UUID; the ledger and the inbox are keyed by it") from error
+        raise ValueError(
+            f"{name}: task_id {task_id!r} must be a UUID; the ledger and the inbox are keyed by it"
+        ) from error
 
 
 def _schema_of(task: MeshTask) -> dict[str, Any]:

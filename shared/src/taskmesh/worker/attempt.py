@@ -193,23 +193,25 @@ class Attempt:
     def _succeed(self, unit: Unit, result: Any, span: Span) -> Any:
         value = plain(result)
         try:
-            report = self._report(TaskState.SUCCEEDED, result=bounded(value))
+            bounded(value)
         except (TypeError, ValueError) as error:
             return self._fail(unit, error, span)
-        state = self._settle_success(unit, report)
+        state = self._settle_success(unit, value)
         span.set_attribute("taskmesh.outcome", state)
         logger.info("task " + state if state == "succeeded" else "task continues in a later attempt")
         return value
 
-    def _settle_success(self, unit: Unit, report: OutboxMessage) -> str:
+    def _settle_success(self, unit: Unit, result: Any) -> str:
         onward = self._own(unit.messages)
+        children = self._children(unit.messages)
         try:
             if onward is None:
-                unit.settle(InboxState.SUCCEEDED, [*unit.messages, report, *self._reports_of(unit.messages)])
+                report = self._report(TaskState.SUCCEEDED, result=result, children=children)
+                unit.settle(InboxState.SUCCEEDED, [*unit.messages, report])
                 return TaskState.SUCCEEDED
             # `retry(throw=False)` or `replace()`: the task goes on under the same id, and this attempt's work counts.
-            report = self._report(TaskState.RETRYING, due_at=onward.due_at)
-            unit.settle(InboxState.WAITING, [*unit.messages, report, *self._reports_of(unit.messages)])
+            report = self._report(TaskState.RETRYING, due_at=onward.due_at, children=children)
+            unit.settle(InboxState.WAITING, [*unit.messages, report])
         except AlreadySettled:
             logger.info("outcome dropped: another delivery has settled the attempt")
             raise Settled from None
@@ -252,17 +254,14 @@ class Attempt:
         unit.messages.clear()
         self._send_errbacks()
         failure = describe(error)
-        followers = list(unit.messages)
-        report = self._report(TaskState.FAILED, failure=failure)
+        report = self._report(TaskState.FAILED, failure=failure, children=self._children(unit.messages))
         try:
-            unit.settle_without_effect(InboxState.FAILED, [*followers, report, *self._reports_of(followers)])
+            unit.settle_without_effect(InboxState.FAILED, [*unit.messages, report])
         except AlreadySettled:
             self._skip(span)
         self._mark(span, error)
         span.set_attribute("taskmesh.outcome", "failed")
-        logger.error(
-            "task failed", exc_info=error, extra={"code": failure.code, "redeliveries": self.redeliveries}
-        )
+        logger.error("task failed", exc_info=error, extra={"code": failure.code, "redeliveries": self.redeliveries})
         self.task.on_failure(error, self.request.id, self.args, self.kwargs, None)
         raise Settled
 
@@ -290,31 +289,13 @@ class Attempt:
         """The message that carries this same task on, if the task sent one."""
         return next((message for message in messages if message.task_id == self.task_id), None)
 
-    def _reports_of(self, messages: list[OutboxMessage]) -> list[OutboxMessage]:
-        """Tell the ledger of the tasks that this one starts, so that a caller sees the whole tree at once."""
-        return [
-            lifecycle.message(event)
+    def _children(self, messages: list[OutboxMessage]) -> tuple[LifecycleEvent, ...]:
+        """What this task has started, for the ledger: a caller sees the whole tree at once."""
+        service = self.task.app.service
+        return tuple(
+            started(message, service)
             for message in messages
-            if message.task_id != self.task_id and (event := self._started(message)) is not None
-        ]
-
-    def _started(self, message: OutboxMessage) -> LifecycleEvent | None:
-        headers = message.headers
-        if message.task_id is None or headers.get(celery_protocol.KIND_HEADER) == TaskKind.EVENT:
-            return None
-        now = datetime.now(UTC)
-        later = message.due_at is not None and message.due_at > now
-        return LifecycleEvent(
-            task_id=message.task_id,
-            type=headers["task"],
-            state=TaskState.SCHEDULED if later else TaskState.QUEUED,
-            at=now,
-            service=self.task.app.service,
-            root_id=UUID(headers["root_id"]),
-            parent_id=self.task_id,
-            traceparent=headers.get("traceparent"),
-            due_at=message.due_at,
-            expires_at=message.expires_at,
+            if message.task_id is not None and message.task_id != self.task_id
         )
 
     def _report(
@@ -324,6 +305,7 @@ class Attempt:
         due_at: datetime | None = None,
         result: Any = None,
         failure: TaskFailure | None = None,
+        children: tuple[LifecycleEvent, ...] = (),
     ) -> OutboxMessage:
         return lifecycle.message(
             LifecycleEvent(
@@ -345,6 +327,7 @@ class Attempt:
                 worker=f"{WORKER_NAME}:{os.getpid()}",
                 result=result,
                 failure=failure,
+                children=children,
             )
         )
 
@@ -375,6 +358,27 @@ class Attempt:
     def _mark(self, span: Span, error: BaseException) -> None:
         span.set_status(StatusCode.ERROR, describe(error).code)
         span.set_attribute("error.type", qualified_name(error))
+
+
+def started(message: OutboxMessage, service: str) -> LifecycleEvent:
+    """What the ledger is told of a task or an event on its way out."""
+    task = celery_protocol.read(message.headers, ([], {}, None))
+    now = datetime.now(UTC)
+    later = message.due_at is not None and message.due_at > now
+    return LifecycleEvent(
+        task_id=task.id,
+        type=task.type,
+        state=TaskState.SCHEDULED if later else TaskState.QUEUED,
+        at=now,
+        service=service,
+        kind=task.kind,
+        event_id=task.id if task.kind is TaskKind.EVENT else None,
+        root_id=task.root_id,
+        parent_id=task.parent_id,
+        traceparent=task.traceparent,
+        due_at=message.due_at,
+        expires_at=message.expires_at,
+    )
 
 
 def celery_payload(args: tuple[Any, ...] | list[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -410,7 +414,9 @@ def describe(error: BaseException) -> TaskFailure:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""  # noqa: PTH119
     return TaskFailure(
-        code="exception", message=f"{type(error).__name__}{place}; see the worker's log", exception=qualified_name(error)
+        code="exception",
+        message=f"{type(error).__name__}{place}; see the worker's log",
+        exception=qualified_name(error),
     )
 
 

@@ -16,7 +16,7 @@ from celery import bootsteps
 from celery.worker.consumer import Consumer
 from celery.worker.consumer.tasks import Tasks
 from celery.worker.request import Request
-from kombu import Connection
+from kombu.connection import Connection
 from kombu.exceptions import KombuError
 
 from taskmesh import celery_protocol, exchanges, lifecycle
@@ -78,6 +78,7 @@ class RunningReports(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery h
         """Begin to send reports."""
         self._service = consumer.app.service
         self._open = consumer.app.connection_for_write
+        self._errors = (OSError, KombuError, *consumer.connection_errors, *consumer.channel_errors)
         self._timer = consumer.timer.call_repeatedly(RUNNING_REPORT_SECONDS, self._send)
 
     def stop(self, consumer: Any) -> None:  # noqa: ARG002 - Celery's signature
@@ -122,7 +123,7 @@ class RunningReports(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery h
             return
         try:
             self._publish(events)
-        except (OSError, KombuError, *self._errors()):
+        except self._errors:
             logger.debug("running tasks could not be reported", extra={"tasks": len(events)})
             self._disconnect()
 
@@ -142,16 +143,12 @@ class RunningReports(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery h
                 retry=False,
             )
 
-    def _errors(self) -> tuple[type[BaseException], ...]:
-        connection = self._connection
-        return (*connection.connection_errors, *connection.channel_errors) if connection else ()
-
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             try:
                 connection.close()
-            except (OSError, KombuError):
+            except self._errors:
                 logger.debug("connection for running reports was lost")
 
 

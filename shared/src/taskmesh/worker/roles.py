@@ -53,9 +53,9 @@ def main(
 
 def set_up(app: WorkerApp, settings: SetupSettings, scripts: Path | None) -> None:
     """Migrate the database, declare the topology, and announce the manifest; safe to repeat."""
-    from taskmesh.management import Management  # noqa: PLC0415 - only this role needs the management API
-    from taskmesh.relay import announce_once  # noqa: PLC0415
-    from taskmesh.topology import declare, worker_topology  # noqa: PLC0415
+    from taskmesh.management import Management
+    from taskmesh.relay import announce_once
+    from taskmesh.topology import declare, worker_topology
 
     logs.configure(settings.log_format, settings.log_level, app.service, "setup")
     migrate(settings.database_url, scripts=scripts)
@@ -70,7 +70,7 @@ def set_up(app: WorkerApp, settings: SetupSettings, scripts: Path | None) -> Non
 
 def work(app: WorkerApp, settings: WorkerSettings) -> int:
     """Run tasks until told to stop; returns the process's exit code."""
-    from celery import signals  # noqa: PLC0415 - REMAP_SIGTERM must be set before Celery's worker is imported
+    from celery import signals
 
     logs.configure(settings.log_format, settings.log_level, app.service, "worker")
     app.configure(settings)
@@ -106,7 +106,7 @@ def work(app: WorkerApp, settings: WorkerSettings) -> int:
 
 async def relay(app: WorkerApp, settings: RelaySettings) -> None:
     """Publish what the service's transactions wrote, and announce the service, until told to stop."""
-    from taskmesh.relay import Relay, ServiceHooks  # noqa: PLC0415 - only this role publishes
+    from taskmesh.relay import Relay, ServiceHooks
 
     logs.configure(settings.log_format, settings.log_level, app.service, "relay")
     telemetry.start(f"{app.service}-worker", "relay")

@@ -13,14 +13,14 @@ from celery.exceptions import Reject, SoftTimeLimitExceeded
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from taskmesh import celery_protocol, outbox, telemetry
+from taskmesh import celery_protocol, lifecycle, outbox, telemetry
 from taskmesh.celery_protocol import TaskMessage
 from taskmesh.contracts import Command, Contract, Event
 from taskmesh.contracts.lifecycle import TaskKind
 from taskmesh.errors import ContractViolation, PermanentError, TransientError
 from taskmesh.outbox import OutboxMessage
 from taskmesh.worker import unit as units
-from taskmesh.worker.attempt import Attempt, celery_payload, describe_violation
+from taskmesh.worker.attempt import Attempt, celery_payload, describe_violation, started
 
 if TYPE_CHECKING:
     from taskmesh.worker.app import WorkerApp
@@ -122,10 +122,11 @@ class MeshTask(Task):  # type: ignore[misc]  # Celery has no types
             tenant=(self.request.headers or {}).get(celery_protocol.TENANT_HEADER),
             version=event.version,
         )
+        outgoing = celery_protocol.event(message)
         if session is None:
-            self._unit().messages.append(celery_protocol.event(message))
+            self._unit().messages.append(outgoing)
         else:
-            outbox.put(session, [celery_protocol.event(message)])
+            outbox.put(session, [outgoing, lifecycle.message(started(outgoing, self.app.service))])
         return message.id
 
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:

@@ -20,7 +20,7 @@ from taskmesh.outbox import OutboxMessage
 CANCEL_SECONDS = 2.0
 
 
-class AlreadySettled(Exception):  # noqa: N818 - no error: the delivery is a duplicate
+class AlreadySettled(Exception):
     """Another delivery has settled this attempt, or a later attempt is under way: there is nothing to do."""
 
 
@@ -116,9 +116,7 @@ class Unit:
         session.commit()
 
     def _record(self, session: TaskSession, state: InboxState) -> None:
-        session.execute(
-            update(inbox.inbox).where(inbox.inbox.c.task_id == self.key.task_id).values(state=state.value)
-        )
+        session.execute(update(inbox.inbox).where(inbox.inbox.c.task_id == self.key.task_id).values(state=state.value))
 
     def _undo(self) -> None:
         """Back to the claim if the transaction is sound; else drop it, and the claim with it."""

@@ -15,9 +15,7 @@ NOW = sa.text("now()")
 
 
 def _time(name: str, *, nullable: bool = True, default_now: bool = False) -> sa.Column[object]:
-    return sa.Column(
-        name, sa.DateTime(timezone=True), nullable=nullable, server_default=NOW if default_now else None
-    )
+    return sa.Column(name, sa.DateTime(timezone=True), nullable=nullable, server_default=NOW if default_now else None)
 
 
 def _create_tasks() -> None:
@@ -62,9 +60,7 @@ def _create_tasks() -> None:
     op.create_index(
         "tasks_schedule", "tasks", ["schedule_id", "created_at"], postgresql_where=sa.text("schedule_id IS NOT NULL")
     )
-    op.create_index(
-        "tasks_tags", "tasks", ["tags"], postgresql_using="gin", postgresql_where=sa.text("tags <> '{}'")
-    )
+    op.create_index("tasks_tags", "tasks", ["tags"], postgresql_using="gin", postgresql_where=sa.text("tags <> '{}'"))
     op.create_index(
         "tasks_state", "tasks", ["state", "created_at", "id"], postgresql_where=sa.text("state <> 'succeeded'")
     )
