@@ -8,6 +8,8 @@ import time
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from celery import chain, group
+from celery.exceptions import Ignore
 from sqlalchemy import text
 
 from taskmesh.contracts import Command, Event
@@ -100,6 +102,11 @@ def add(self: MeshTask, x: int, y: int) -> int:
     return x + y
 
 
+@app.task(name="orders.plain.note", bind=True)
+def note(self: MeshTask, failed_id: str) -> None:
+    record(self, f"errback {failed_id}")
+
+
 @app.task(name="orders.plain.poison", bind=True, max_retries=0)
 def poison(self: MeshTask) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -120,6 +127,60 @@ def steps(self: MeshTask, fail: bool = False) -> None:
     if fail:
         raise PermanentError("after the step")
     record(self, "last")
+
+
+@app.task(name="orders.api.call", bind=True)
+def call(self: MeshTask, way: str) -> str:  # noqa: C901 - a branch for each way of sending
+    """Uses one part of Celery's API."""
+    record(self, way)
+    match way:
+        case "delay":
+            ship.delay(name="delay")
+        case "contract":
+            ship.delay(ShipOrder(name="contract"))
+        case "signature":
+            ship.s(name="signature").apply_async()
+        case "by name":
+            self.app.send_task("orders.order.ship", kwargs={"name": "by name"})
+        case "group":
+            group(ship.s(name="group 1"), ship.s(name="group 2")).apply_async()
+        case "chain":
+            chain(add.s(1, 2), add.s(3)).apply_async()
+        case "link":
+            add.apply_async((1, 2), link=add.s(4))
+        case "replace":
+            self.replace(add.s(x=20, y=1))
+        case "direct":
+            add(10, 5)
+        case "expires":
+            ship.apply_async(kwargs={"name": "expires"}, countdown=0.5, expires=0.1)
+        case "bad payload":
+            ship.delay(nome="typo")
+        case "quiet retry" if not self.request.retries:
+            self.retry(countdown=0.1, throw=False)
+        case "ignore":
+            raise Ignore
+        case "fail with errback":
+            ship.delay(name="must not leave")
+            raise PermanentError("no")
+    return way
+
+
+@app.task(name="orders.api.soft_limit", bind=True, soft_time_limit=1, time_limit=20, max_retries=1, retry_backoff=1)
+def soft_limit(self: MeshTask) -> None:
+    """Hangs in a query in its first attempt."""
+    record(self, "before the query")
+    if not self.request.retries:
+        self.session.execute(text("select pg_sleep(60)"))
+
+
+@app.task(name="orders.api.hard_limit", bind=True, time_limit=1, soft_time_limit=None)
+def hard_limit(self: MeshTask) -> None:
+    """Hangs where no exception reaches it, in its first delivery."""
+    record(self, "once")
+    if not (self.request.headers or {}).get("x-delivery-count"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        time.sleep(60)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,11 @@ class Orders:
         """What the task has written, in order."""
         return [row[0] for row in self.rows("select note from effects where task_id = %s order by id", task_id)]
 
+    def followers(self, task_id: str) -> list[str]:
+        """What the tasks that a task started have written."""
+        ids = [str(e.task_id) for e in self.events() if str(e.root_id) == task_id and str(e.task_id) != task_id]
+        return sorted(note for follower in set(ids) for note in self.notes(follower))
+
     def state(self, task_id: str) -> str | None:
         rows = self.rows("select state from inbox where task_id = %s", task_id)
         return rows[0][0] if rows else None
@@ -274,6 +279,102 @@ def test_a_plain_task_with_arguments_runs_as_celery_documents(orders: Orders) ->
 
     assert orders.wait(task_id) == "succeeded"
     assert orders.notes(task_id) == ["5"]
+
+
+@pytest.mark.parametrize(
+    ("way", "followers"),
+    [
+        ("delay", ["shipped delay"]),
+        ("contract", ["shipped contract"]),
+        ("signature", ["shipped signature"]),
+        ("by name", ["shipped by name"]),
+        ("group", ["shipped group 1", "shipped group 2"]),
+        ("chain", ["3", "6"]),
+        ("link", ["3", "7"]),
+    ],
+)
+def test_celerys_ways_of_sending_go_through_the_outbox(orders: Orders, way: str, followers: list[str]) -> None:
+    """Each follower runs once, in the tree of the task that sent it."""
+    task_id = orders.send("orders.api.call", way=way)
+
+    assert orders.wait(task_id) == "succeeded"
+    eventually(lambda: orders.followers(task_id) == sorted(followers))
+
+
+def test_replace_goes_on_under_the_same_id(orders: Orders) -> None:
+    """The replacement is the task: one id, one outcome, and what the first part wrote counts."""
+    task_id = orders.send("orders.api.call", way="replace")
+
+    assert orders.wait(task_id) == "succeeded"
+    assert orders.notes(task_id) == ["replace", "21"]
+
+
+def test_a_direct_call_joins_the_running_transaction(orders: Orders) -> None:
+    """Called like a function, a task is a function."""
+    task_id = orders.send("orders.api.call", way="direct")
+
+    assert orders.wait(task_id) == "succeeded"
+    assert orders.notes(task_id) == ["direct", "15"]
+
+
+def test_a_retry_without_throw_keeps_what_the_attempt_did(orders: Orders) -> None:
+    """The task goes on in a later attempt, and this one counts."""
+    task_id = orders.send("orders.api.call", way="quiet retry")
+
+    assert orders.wait(task_id) == "succeeded"
+    assert orders.rows("select note, attempt from effects where task_id = %s order by id", task_id) == [
+        ("quiet retry", 1),
+        ("quiet retry", 2),
+    ]
+
+
+def test_ignore_ends_the_task_as_succeeded(orders: Orders) -> None:
+    """The ledger has no word for less."""
+    task_id = orders.send("orders.api.call", way="ignore")
+
+    assert orders.wait(task_id) == "succeeded"
+
+
+def test_a_follow_up_that_expires_before_it_is_due_is_never_run(orders: Orders) -> None:
+    """The relay says `expired`, and publishes nothing."""
+    task_id = orders.send("orders.api.call", way="expires")
+
+    eventually(lambda: [e for e in orders.events() if str(e.parent_id) == task_id and e.state == "expired"])
+    assert orders.followers(task_id) == []
+
+
+def test_a_follow_up_that_violates_its_contract_fails_its_sender(orders: Orders) -> None:
+    """The mistake is seen where it was made."""
+    task_id = orders.send("orders.api.call", way="bad payload")
+
+    assert orders.wait(task_id) == "failed"
+    failure = eventually(lambda: [e for e in orders.events(task_id) if e.state == "failed"])[0].failure
+    assert failure is not None and failure.code == "contract_violation"
+
+
+def test_link_error_is_sent_when_the_task_fails_and_nothing_else_is(orders: Orders) -> None:
+    """The errback leaves with the failure; what the failed task sent does not leave."""
+    errback = {"task": "orders.plain.note", "args": [], "kwargs": {}, "options": {}, "subtask_type": None}
+    task_id = orders.send("orders.api.call", way="fail with errback", link_error=errback)
+
+    assert orders.wait(task_id) == "failed"
+    eventually(lambda: orders.followers(task_id) == [f"errback {task_id}"])
+
+
+def test_a_soft_time_limit_inside_a_query_ends_the_attempt_and_the_query(orders: Orders) -> None:
+    """The orphaned query holds no lock on the inbox, so the retry succeeds."""
+    task_id = orders.send("orders.api.soft_limit")
+
+    assert orders.wait(task_id) == "succeeded"
+    assert orders.rows("select note, attempt from effects where task_id = %s", task_id) == [("before the query", 2)]
+
+
+def test_a_hard_time_limit_kills_the_process_and_the_task_runs_again(orders: Orders) -> None:
+    """The message is put back, and the first run has left nothing."""
+    task_id = orders.send("orders.api.hard_limit")
+
+    assert orders.wait(task_id) == "succeeded"
+    assert orders.notes(task_id) == ["once"]
 
 
 def test_an_eta_waits_in_the_outbox_and_not_in_the_worker(orders: Orders) -> None:

@@ -30,10 +30,6 @@ from taskmesh.worker.schedules import announced_schedules
 from taskmesh.worker.task import MeshTask, TransactionMode
 from taskmesh.worker.unit import TaskSession
 
-# Above the longest task of the services that ship with the mesh; a task may set its own.
-TIME_LIMIT_SECONDS = 300
-SOFT_TIME_LIMIT_SECONDS = 270
-
 ProcessStart = Callable[[Any], None]
 TaskDecorator = Callable[[Callable[..., Any]], MeshTask]
 StartHook = TypeVar("StartHook", bound=ProcessStart)
@@ -247,7 +243,7 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
             description=" ".join(rest.split()),
             payload_schema=contract.model_json_schema() if contract else _schema_of(task),
             max_attempts=None if task.max_retries is None else task.max_retries + 1,
-            time_limit_seconds=task.time_limit or self.conf.task_time_limit,
+            time_limit_seconds=task.time_limit,
         )
 
     # Sending
@@ -380,8 +376,6 @@ def configuration(service: str, settings: WorkerSettings, *, listens: bool) -> d
         "task_send_sent_event": False,
         "enable_utc": True,
         "timezone": "UTC",
-        "task_time_limit": TIME_LIMIT_SECONDS,
-        "task_soft_time_limit": SOFT_TIME_LIMIT_SECONDS,
     }
 
 

@@ -110,16 +110,18 @@ class Attempt:
         with units.running(unit):
             try:
                 self._check_in(unit)
+                try:
+                    arguments, keywords = self._arguments()
+                except ContractViolation as error:
+                    return self._dead_letter(unit, error, span)
                 if self.task.transaction_mode == "whole":
                     unit.open()
-                result = self.task.run(*self._arguments(), **self._keywords())
+                result = self.task.run(*arguments, **keywords)
                 self._follow(result)
             except AlreadySettled:
                 return self._skip(span)
             except (Ignore, Retry, Reject) as outcome:
                 return self._settle_outcome(unit, outcome, span)
-            except ContractViolation as error:
-                return self._dead_letter(unit, error, span)
             except Exception as error:
                 if is_unavailable(error):
                     raise
@@ -165,18 +167,20 @@ class Attempt:
         )
         raise Settled
 
-    def _arguments(self) -> tuple[Any, ...]:
+    def _arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """What the function is called with.
+
+        Raises:
+            ContractViolation: The payload does not fit the task's contract.
+        """
         contract = self.task.contract
         if contract is None:
-            return self.args
+            return self.args, self.kwargs
         payload = celery_payload(self.args, self.kwargs)
         try:
-            return (contract.model_validate(payload),)
+            return (contract.model_validate(payload),), {}
         except ValidationError as error:
             raise ContractViolation(describe_violation(error)) from error
-
-    def _keywords(self) -> Mapping[str, Any]:
-        return self.kwargs if self.task.contract is None else {}
 
     def _follow(self, result: Any) -> None:
         """Send `link` and `chain` now, inside the transaction, and not after it as Celery would."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import signal
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from taskmesh.settings import RelaySettings, SetupSettings, WorkerSettings, load
 
 if TYPE_CHECKING:
     from taskmesh.worker.app import WorkerApp
+
+logger = logging.getLogger(__name__)
 
 # Read when Celery's worker is imported: SIGTERM means "finish what runs within the soft shutdown time, give the rest
 # back", rather than "finish everything, however long it takes".
@@ -80,7 +83,12 @@ def work(app: WorkerApp, settings: WorkerSettings) -> int:
 
     def start(**_: Any) -> None:
         telemetry.start(f"{app.service}-worker", "worker")
-        app.start_process()
+        try:
+            app.start_process()
+        except Exception as error:
+            # Celery would log it and let the process take tasks half-equipped.
+            logger.exception("process could not be started")
+            raise SystemExit(1) from error
 
     def stop(**_: Any) -> None:
         telemetry.stop()

@@ -48,6 +48,9 @@ class MeshTask(Task):  # type: ignore[misc]  # Celery has no types
     acks_on_timeout = False
     ignore_result = True
     serializer = "json"
+    # Above the longest task of the services that ship with the mesh; a task may set its own.
+    time_limit = 300
+    soft_time_limit = 270
 
     contract: ClassVar[type[Contract] | None] = None
     transaction_mode: ClassVar[TransactionMode] = "whole"
@@ -77,8 +80,12 @@ class MeshTask(Task):  # type: ignore[misc]  # Celery has no types
 
     @property
     def task_id(self) -> UUID:
-        """The id of the running task."""
-        return UUID(self.request.id)
+        """The id of the running task; of its caller, when the task is called like a function.
+
+        Raises:
+            RuntimeError: No attempt is running.
+        """
+        return self._unit().key.task_id
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
@@ -111,15 +118,16 @@ class MeshTask(Task):  # type: ignore[misc]  # Celery has no types
         Returns:
             The id of the event.
         """
+        request = self.app.current_worker_task.request
         message = TaskMessage(
             type=event.type_name,
             id=uuid4(),
             payload=event.payload(),
             kind=TaskKind.EVENT,
-            root_id=UUID(self.request.root_id or self.request.id),
+            root_id=UUID(request.root_id or request.id),
             parent_id=self.task_id,
             traceparent=telemetry.current_traceparent(),
-            tenant=(self.request.headers or {}).get(celery_protocol.TENANT_HEADER),
+            tenant=(request.headers or {}).get(celery_protocol.TENANT_HEADER),
             version=event.version,
         )
         outgoing = celery_protocol.event(message)

@@ -140,10 +140,12 @@ class Unit:
         if _is_busy(session):
             # A soft time limit raises inside psycopg's wait: the query still runs, and a ROLLBACK would be refused
             # with "another command is already in progress" while the orphan keeps the inbox row locked.
-            connection = session.connection().connection.driver_connection
-            if connection is not None:
-                connection.cancel_safe(timeout=CANCEL_SECONDS)
-            session.invalidate()
+            connection = session.connection()
+            driver_connection = connection.connection.driver_connection
+            if driver_connection is not None:
+                driver_connection.cancel_safe(timeout=CANCEL_SECONDS)
+            # The connection first: closing the session alone would still send a ROLLBACK TO SAVEPOINT.
+            connection.invalidate()
         session.close()
 
 
