@@ -174,6 +174,12 @@ def soft_limit(self: MeshTask) -> None:
         self.session.execute(text("select pg_sleep(60)"))
 
 
+@app.task(name="orders.api.waits", bind=True, soft_time_limit=2, time_limit=30)
+def waits(self: MeshTask) -> None:
+    """Needs the database."""
+    record(self, "done")
+
+
 @app.task(name="orders.api.hard_limit", bind=True, time_limit=1, soft_time_limit=None)
 def hard_limit(self: MeshTask) -> None:
     """Hangs where no exception reaches it, in its first delivery."""

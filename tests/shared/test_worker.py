@@ -472,6 +472,22 @@ def test_a_lost_broker_connection_in_mid_task_lets_the_task_finish_once(orders: 
     assert not [event for event in orders.events(task_id) if event.state == "failed"]
 
 
+def test_a_database_that_is_away_for_longer_than_the_soft_time_limit_fails_no_task(orders: Orders) -> None:
+    """The message goes back to its queue, and is not parked among the dead letters."""
+    name = orders.rows("select current_database()")[0][0]
+    before = orders.dead_letters()
+    with psycopg.connect(orders.database_url.replace(name, "postgres"), autocommit=True) as server:
+        server.execute(f"alter database {name} allow_connections false")
+        server.execute("select pg_terminate_backend(pid) from pg_stat_activity where datname = %s", (name,))
+        task_id = orders.send("orders.api.waits")
+        log = orders.health / "worker.log"
+        eventually(lambda: "message given back" in log.read_text())
+        server.execute(f"alter database {name} allow_connections true")
+
+    assert orders.wait(task_id) == "succeeded"
+    assert orders.dead_letters() == before
+
+
 def test_a_slow_task_is_reported_running(orders: Orders) -> None:
     """The worker's main process tells the ledger, before the outcome is there."""
     task_id = orders.send("orders.order.place", name="tea", mode="slow")

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 WORKER_NAME = socket.gethostname()
 
 # A rerun costs nothing at the broker, while every requeue counts towards the queue's delivery limit: so an attempt
-# that lost its database waits for it here, about ten minutes in all, before it gives the message back.
+# that lost its database waits for it here, until its soft time limit, before it gives the message back.
 RERUNS = 25
 RERUN_WAIT_MAX_SECONDS = 30.0
 
@@ -48,6 +48,14 @@ RERUN_WAIT_MAX_SECONDS = 30.0
 REDELIVERIES_MIN = 3
 
 RESULT_MAX_BYTES = 64 * 1024
+
+
+def _wait(rerun: int) -> None:
+    try:
+        time.sleep(min(RERUN_WAIT_MAX_SECONDS, 0.1 * 2**rerun) * random.uniform(0.5, 1))  # noqa: S311
+    except SoftTimeLimitExceeded as error:
+        logger.warning("message given back: no database until the soft time limit")
+        raise Reject("database unavailable until the soft time limit", requeue=True) from error
 
 
 class Settled(Ignore):  # type: ignore[misc]  # Celery has no types
@@ -96,7 +104,7 @@ class Attempt:
                         raise Reject(error, requeue=True) from error
                     logger.warning("database unavailable; attempt waits", extra={"rerun": rerun})
                     self.task.app.dispose_connections()
-                    time.sleep(min(RERUN_WAIT_MAX_SECONDS, 0.1 * 2**rerun) * random.uniform(0.5, 1))  # noqa: S311
+                    _wait(rerun)
             span.set_status(StatusCode.ERROR, "database_unavailable")
             raise Reject("database unavailable", requeue=True)
 
