@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import threading
 import unicodedata
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from uuid import UUID
 
 import pytest
+from rich.cells import cell_len
 
 from gateway.payloads import PayloadValidator
 from taskmesh.contracts.billing import IssueInvoice
@@ -143,6 +145,22 @@ def test_the_summary_tells_numbers_refusals_and_the_slowest_trace(mesh, capsys):
     for pointer in ("/payload/currency", "/payload/lines/0/unit_price", "/payload/buyer/email is required"):
         assert pointer in out
     assert f"{mesh.url}/traces/{27 * 3 - 2:032x}" in out
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_the_table_of_invoices_fits_the_terminal_and_keeps_every_column(mesh, capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert demo.main([]) == 0
+
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out).splitlines()
+    [heading] = [line for line in lines if "INVOICE" in line]
+    rows = [line for line in lines if line.startswith("INV-")]
+    assert heading.split() == ["INVOICE", "CUSTOMER", "LINES", "TOTAL", "MAIL", "TO"]
+    assert len(rows) == 27
+    assert all(row.rstrip().endswith((".example", "…")) for row in rows)
+    assert {cell_len(row) for row in rows} == {cell_len(heading)}
+    assert cell_len(heading) <= width
 
 
 def test_each_run_has_keys_of_its_own(mesh, capsys):

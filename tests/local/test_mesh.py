@@ -90,3 +90,22 @@ def test_nothing_to_stop_is_no_error(command):
     down = command("down")
 
     assert (down.returncode, down.stderr) == (0, "")
+
+
+def test_an_unknown_process_is_named_with_those_there_are(command):
+    answer = command("up", "gateway")
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("There is no process gateway. There are: postgres, rabbitmq,")
+
+
+def test_a_reader_that_has_seen_enough_ends_the_logs_quietly(folders):
+    log = folders.log("gateway-api")
+    log.parent.mkdir(parents=True)
+    log.write_text("one line\n" * 100)
+    variables = dict(os.environ) | {FOLDER_VARIABLE: str(folders.root)}
+    command = [sys.executable, "-m", "taskmesh_local", "logs", "gateway-api"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=variables, text=True, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0

@@ -134,6 +134,19 @@ def test_background_work_is_left_out_of_the_page_unless_asked_for(page):
     assert "process gateway.lifecycle" in page.get("/?background=true").text
 
 
+def test_reads_are_left_out_of_the_page_unless_they_failed_or_are_asked_for(page):
+    """A program that polls would push the requests for work off the page."""
+    service = Service("gateway")
+    service.span("GET /v1/tasks", start=1, end=2)
+    service.span("GET /v1/types", start=3, end=4, error="the database is away")
+    page.post("/v1/traces", content=service.export())
+
+    shown = page.get("/").text
+    assert "GET /v1/types" in shown
+    assert "GET /v1/tasks" not in shown
+    assert "GET /v1/tasks" in page.get("/?background=true").text
+
+
 def test_what_is_no_trace_is_refused_and_other_signals_are_taken(page):
     """An exporter of metrics must not retry for ever; a broken one must hear of it."""
     assert page.post("/v1/traces", content=b"\xff").status_code == 400

@@ -38,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one 
     options = _parser().parse_args(words)
     match options.command:
         case "up":
+            unknown = [name for name in options.names if name not in NAMES]
+            if unknown:
+                print(f"There is no process {', '.join(unknown)}. There are: {', '.join(NAMES)}.", file=sys.stderr)
+                return 2
             return _reporting(console, lambda: up(folders, console, options.names))
         case "down":
             return _reporting(console, lambda: down(folders, console, purge=options.purge))
@@ -55,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one 
             return traces.serve(folders, http_port=options.http_port)
 
 
-def up(folders: Folders, console: Console, names: Sequence[str]) -> int:
-    """Start the mesh, or the named processes, and print where everything is."""
+def up(folders: Folders, console: Console, names: Sequence[str], *, hints: bool = True) -> int:
+    """Start the mesh, or the named processes, and print where everything is, and what to try unless told not to."""
     with locked(folders) as state:
         mesh = Mesh(state, Progress(console))
         try:
@@ -68,6 +72,8 @@ def up(folders: Folders, console: Console, names: Sequence[str]) -> int:
         return 0 if all(standing.is_up for standing in standings if standing.name in names) else 1
     console.print()
     console.print(_urls(mesh, folders))
+    if not hints:
+        return 0
     console.print("\nThe mesh is up. Try it in this shell:\n", highlight=False)
     for line in (
         f". {os.path.relpath(folders.env)}",
@@ -120,7 +126,8 @@ def status(folders: Folders, console: Console) -> int:
     missing = [standing.name for standing in standings if not standing.is_up]
     if missing:
         what = ", ".join(missing) if len(missing) < len(standings) else "all of them"
-        line = f"\n{len(missing)} of {len(standings)} are not up: {what}. `make up` starts them."
+        verb, them = ("is", "it") if len(missing) == 1 else ("are", "them")
+        line = f"\n{len(missing)} of {len(standings)} {verb} not up: {what}. `make up` starts {them}."
         console.print(line, highlight=False, soft_wrap=True)
         return 1
     console.print(f"\nAll {len(standings)} are up.", highlight=False)
@@ -131,7 +138,8 @@ def demo(folders: Folders, console: Console, words: Sequence[str]) -> int:
     """Start the mesh unless all of it is up, then run the demo; the mesh stays up."""
     is_up = folders.state.exists() and all(s.is_up for s in Mesh(State.load(folders), Progress(console)).standings())
     if not is_up:
-        up(folders, console, [])
+        up(folders, console, [], hints=False)
+        console.print()
     os.environ.update(environment.read(folders.env))
     from taskmesh_local.demo import main as run
 
@@ -176,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="taskmesh-local", description="The whole mesh on one machine.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="up | down | status | logs | demo")
     start = commands.add_parser("up", help="start what does not run")
-    start.add_argument("names", nargs="*", metavar="name", choices=[*NAMES, []], help="only these: " + ", ".join(NAMES))
+    start.add_argument("names", nargs="*", metavar="name", help="only these: " + ", ".join(NAMES))
     stop = commands.add_parser("down", help="stop everything, keep the data")
     stop.add_argument("--purge", action="store_true", help="delete the data, too")
     commands.add_parser("status", help="show how every process is")

@@ -20,6 +20,7 @@ from uuid import UUID
 
 import httpx
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -38,6 +39,10 @@ PATIENCE_SECONDS = 60.0
 TRACES_SECONDS = 15.0
 INVOICES = 30
 LINE_EACH = 10
+# Where no terminal tells its width, no column is cut.
+FILE_WIDTH = 200
+# Between the five columns of the table of invoices.
+GAPS = 4 * 3
 STEPS = ("submitted", "issued", "rendered", "mailed")
 URLS = ("TASKMESH_URL", "TASKMESH_API_KEY", "TASKMESH_INBOX_URL", "TASKMESH_TRACES_URL")
 
@@ -116,7 +121,7 @@ def main(arguments: Sequence[str]) -> int:
         "--timeout", type=float, default=120.0, metavar="SECONDS", help="how long to wait for the mails"
     )
     options = parser.parse_args(list(arguments))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     missing = [name for name in URLS if not os.environ.get(name)]
     if missing:
         _complain(f"{missing[0]} is not set: start the mesh with `make up`, then `. .taskmesh/env`")
@@ -314,7 +319,7 @@ def _summarize(
 ) -> None:
     inbox, pages = os.environ["TASKMESH_INBOX_URL"], os.environ["TASKMESH_TRACES_URL"]
     console.print()
-    console.print(_invoices(orders))
+    console.print(_invoices(orders, console.width))
     console.print()
     console.print("Refused, as they must be:", highlight=False)
     for refusal in refusals:
@@ -341,15 +346,19 @@ def _summarize(
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _invoices(orders: Iterable[Order]) -> Table:
+def _invoices(orders: Iterable[Order], width: int) -> Table:
     shown = sorted(orders, key=lambda each: each.number)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
-    # Where the terminal is narrow, names are cut; numbers are not.
-    table.add_column("INVOICE", no_wrap=True, min_width=max(len(order.number) for order in shown))
-    table.add_column("CUSTOMER", no_wrap=True, overflow="ellipsis")
-    table.add_column("LINES", justify="right", no_wrap=True, min_width=5)
-    table.add_column("TOTAL", justify="right", no_wrap=True, min_width=max(len(order.total) for order in shown))
-    table.add_column("MAIL TO", no_wrap=True, overflow="ellipsis")
+    # Where the terminal is narrow, names and addresses are cut; numbers are not. Rich would leave out whole columns.
+    number, total = (max(len(getattr(order, name)) for order in shown) for name in ("number", "total"))
+    name, address = (max(cell_len(getattr(order.invoice.buyer, name)) for order in shown) for name in ("name", "email"))
+    room = width - number - len("LINES") - total - GAPS
+    name = min(name, max(room - address, room * 3 // 5))
+    table.add_column("INVOICE", no_wrap=True)
+    table.add_column("CUSTOMER", no_wrap=True, overflow="ellipsis", max_width=name)
+    table.add_column("LINES", justify="right", no_wrap=True)
+    table.add_column("TOTAL", justify="right", no_wrap=True)
+    table.add_column("MAIL TO", no_wrap=True, overflow="ellipsis", max_width=room - name)
     for order in shown:
         buyer = order.invoice.buyer
         table.add_row(order.number, escape(buyer.name), str(len(order.invoice.lines)), order.total, escape(buyer.email))
@@ -364,7 +373,7 @@ def _told(refusal: Refusal) -> str:
     return f"  {sign} {refusal.mistake.what}: {refusal.problem.status} {refusal.problem.code}, {escape(places)}"
 
 
-def _short(text: str, length: int = 60) -> str:
+def _short(text: str, length: int = 35) -> str:
     return text if len(text) <= length else f"{text[:length].rsplit(',', 1)[0]} …"
 
 

@@ -156,7 +156,7 @@ class Customer:
 CUSTOMERS = (
     Customer(
         name="Bäckerei Grünwald & Söhne GmbH",
-        address=("Oranienstraße 14", "10999 Berlin", "Deutschland"),
+        address=("Oranienstraße 14", "10999 Berlin"),
         country="DE",
         email="buchhaltung@baeckerei-gruenwald.example",
         locale="de-DE",
@@ -165,7 +165,7 @@ CUSTOMERS = (
     ),
     Customer(
         name="Stadtwerke Lüneburg AöR",
-        address=("Auf der Hude 2", "21335 Lüneburg", "Deutschland"),
+        address=("Auf der Hude 2", "21335 Lüneburg"),
         country="DE",
         email="rechnungen@stadtwerke-lueneburg.example",
         locale="de-DE",
@@ -173,7 +173,7 @@ CUSTOMERS = (
     ),
     Customer(
         name="Volkshochschule Görlitz e. V.",
-        address=("Langenstraße 23", "02826 Görlitz", "Deutschland"),
+        address=("Langenstraße 23", "02826 Görlitz"),
         country="DE",
         email="verwaltung@vhs-goerlitz.example",
         locale="de-DE",
@@ -181,7 +181,7 @@ CUSTOMERS = (
     ),
     Customer(
         name="Société Générale des Épices S.A.R.L.",
-        address=("8 rue de l'Échiquier", "75010 Paris", "France"),
+        address=("8 rue de l'Échiquier", "75010 Paris"),
         country="FR",
         email="compta@epices-generales.example",
         locale="fr-FR",
@@ -190,7 +190,7 @@ CUSTOMERS = (
     ),
     Customer(
         name="Théâtre de l'Odyssée",
-        address=("Place Bellecour 3", "69002 Lyon", "France"),
+        address=("Place Bellecour 3", "69002 Lyon"),
         country="FR",
         email="administration@theatre-odyssee.example",
         locale="fr-FR",
@@ -198,7 +198,7 @@ CUSTOMERS = (
     ),
     Customer(
         name="Łódzkie Zakłady Optyczne Sp. z o.o.",
-        address=("ul. Piotrkowska 120", "90-006 Łódź", "Polska"),
+        address=("ul. Piotrkowska 120", "90-006 Łódź"),
         country="PL",
         email="faktury@lzo.example",
         locale="en-GB",
@@ -207,7 +207,7 @@ CUSTOMERS = (
     ),
     Customer(
         name="Åsa Björkqvist Arkitekter AB",
-        address=("Sveavägen 41", "111 34 Stockholm", "Sverige"),
+        address=("Sveavägen 41", "111 34 Stockholm"),
         country="SE",
         email="faktura@bjorkqvist.example",
         locale="en-GB",
@@ -216,7 +216,7 @@ CUSTOMERS = (
     ),
     Customer(
         name="Niño & Peña, Hermanos, S.L.",
-        address=("Calle de Alcalá 52, 3.º izq.", "28014 Madrid", "España"),
+        address=("Calle de Alcalá 52, 3.º izq.", "28014 Madrid"),
         country="ES",
         email="facturas@nino-pena.example",
         locale="en-GB",
@@ -225,7 +225,7 @@ CUSTOMERS = (
     ),
     Customer(
         name="O'Sullivan Logistics Ltd",
-        address=("14 Merchant's Quay", "Dublin 8", "D08 F8WY", "Ireland"),
+        address=("14 Merchant's Quay", "Dublin 8", "D08 F8WY"),
         country="IE",
         email="accounts@osullivan-logistics.example",
         locale="en-IE",
@@ -234,7 +234,7 @@ CUSTOMERS = (
     ),
     Customer(
         name="Høegh Marine ApS",
-        address=("Nyhavn 17, 2. tv.", "1051 København K", "Danmark"),
+        address=("Nyhavn 17, 2. tv.", "1051 København K"),
         country="DK",
         email="bogholderi@hoegh-marine.example",
         locale="en-GB",
@@ -243,7 +243,7 @@ CUSTOMERS = (
     ),
     Customer(
         name="Kovács Gergő e.v.",
-        address=("Ráday utca 9", "1092 Budapest", "Magyarország"),
+        address=("Ráday utca 9", "1092 Budapest"),
         country="HU",
         email="gergo@kovacs-muhely.example",
         locale="en-GB",
@@ -251,7 +251,7 @@ CUSTOMERS = (
     ),
     Customer(
         name="Ελένη Παπαδοπούλου και Σία Ο.Ε.",
-        address=("Ερμού 56", "105 63 Αθήνα", "Ελλάδα"),
+        address=("Ερμού 56", "105 63 Αθήνα"),
         country="GR",
         email="logistirio@papadopoulou.example",
         locale="el-GR",
@@ -260,7 +260,7 @@ CUSTOMERS = (
     ),
     Customer(
         name="Εκδόσεις Αιγαίο Α.Ε.",
-        address=("Λεωφόρος Νίκης 21", "546 22 Θεσσαλονίκη", "Ελλάδα"),
+        address=("Λεωφόρος Νίκης 21", "546 22 Θεσσαλονίκη"),
         country="GR",
         email="timologia@ekdoseis-aigaio.example",
         locale="el-GR",
@@ -268,7 +268,7 @@ CUSTOMERS = (
     ),
     Customer(
         name="Γιώργος Ξανθόπουλος",
-        address=("Πλατεία Συντριβανίου 4", "731 32 Χανιά", "Ελλάδα"),
+        address=("Πλατεία Συντριβανίου 4", "731 32 Χανιά"),
         country="GR",
         email="giorgos@xanthopoulos.example",
         locale="el-GR",
@@ -276,7 +276,7 @@ CUSTOMERS = (
     ),
     Customer(
         name="Ναυτιλιακή Ιονίου Μ.Ε.Π.Ε.",
-        address=("Ακτή Μιαούλη 85", "185 38 Πειραιάς", "Ελλάδα"),
+        address=("Ακτή Μιαούλη 85", "185 38 Πειραιάς"),
         country="GR",
         email="accounting@ionian-shipping.example",
         locale="el-GR",
@@ -331,7 +331,7 @@ CUSTOMERS = (
     ),
     Customer(
         name="Sato & Miller Translations",
-        address=("2-11-3 Meguro", "Meguro-ku", "Tokyo 153-0063", "Japan"),
+        address=("2-11-3 Meguro", "Meguro-ku", "Tokyo 153-0063"),
         country="JP",
         email="office@sato-miller.example",
         locale="en",
@@ -377,7 +377,7 @@ CUSTOMERS = (
     ),
     Customer(
         name="Gulf Harbour Services W.L.L.",
-        address=("Building 1398, Road 4626", "Manama Sea Front 346", "Kingdom of Bahrain"),
+        address=("Building 1398, Road 4626", "Manama Sea Front 346"),
         country="BH",
         email="payables@gulf-harbour.example",
         locale="en",
@@ -388,7 +388,7 @@ CUSTOMERS = (
 )
 LONG_CUSTOMER = Customer(
     name="Rhein-Neckar Rechenzentrum eG",
-    address=("Hafenstraße 25", "68159 Mannheim", "Deutschland"),
+    address=("Hafenstraße 25", "68159 Mannheim"),
     country="DE",
     email="kreditoren@rnrz.example",
     locale="de-DE",

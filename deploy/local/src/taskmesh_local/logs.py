@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -24,14 +25,17 @@ def show(folders: Folders, names: Sequence[str] | None, *, follow: bool) -> int:
     chosen = {name: folders.log(name) for name in names or ALL}
     width = max(len(name) for name in chosen)
     lines = 200 if names else 12
-    for name, log in chosen.items():
-        for line in log_end(log, lines=lines).splitlines():
-            _print(name, line, width)
-    if follow:
-        try:
+    try:
+        for name, log in chosen.items():
+            for line in log_end(log, lines=lines).splitlines():
+                _print(name, line, width)
+        if follow:
             _follow(chosen, width)
-        except KeyboardInterrupt:
-            print()
+    except KeyboardInterrupt:
+        print()
+    except BrokenPipeError:
+        # The reader, `head` perhaps, has had enough. Python would try the rest again when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -209,7 +209,7 @@ class Mesh:
             self._state.save()
             for role in missing:
                 self._wait_until_ready(role.name)
-            notes.append(f"{len(missing)} processes")
+            notes.append("1 process" if len(missing) == 1 else f"{len(missing)} processes")
 
     def _service_variables(self, service: str) -> dict[str, str]:
         variables = {

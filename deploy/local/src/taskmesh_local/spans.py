@@ -73,7 +73,8 @@ class TraceQuery(BaseModel):
         service: Only those with a span of this service.
         q: Only those with this text in a span, whatever its case; or the one with this trace id.
         errors: Only those with a failed span.
-        background: Also those that begin with a consumer: batches of messages, which belong to no one request.
+        background: Also those that begin with a consumer (batches of messages, which belong to no one request), and
+            those that only read and did not fail.
     """
 
     limit: Annotated[int, Field(ge=1, le=1000)] = 100
@@ -128,7 +129,8 @@ class Spans:
         where = """
             SELECT trace_id, begun, ended, spans, errors, orphans, services, name, service, task FROM traces
             WHERE (:service = '' OR ',' || services || ',' LIKE '%,' || :service || ',%')
-              AND (NOT :errors OR errors > 0) AND (:background OR kind <> 'consumer')
+              AND (NOT :errors OR errors > 0)
+              AND (:background OR kind <> 'consumer' AND (name NOT LIKE 'GET %' OR spans > 1 OR errors > 0))
               AND (:q = '' OR trace_id = :q OR EXISTS (
                   SELECT 1 FROM spans WHERE spans.trace_id = traces.trace_id AND instr(lower(span), lower(:q)) > 0))
             ORDER BY begun DESC LIMIT :limit

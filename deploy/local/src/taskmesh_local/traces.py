@@ -20,7 +20,7 @@ OTHER_COLORS = 5
 
 
 class PageQuery(TraceQuery):
-    """The page leaves background work out unless asked: it would drown the requests."""
+    """The page leaves reads and background work out unless asked: they would drown the requests for work."""
 
     background: bool = False
 

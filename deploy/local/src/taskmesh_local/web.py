@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
+from email.utils import getaddresses
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -91,4 +92,9 @@ def _clock(value: str) -> str:
     return datetime.fromisoformat(value).astimezone().strftime("%H:%M:%S")
 
 
-_templates.filters |= {"bytes": _bytes, "milliseconds": _milliseconds, "clock": _clock}
+def _mailboxes(header: str) -> list[tuple[str, str]]:
+    """Name and address of each mailbox in a header, which a page shows apart: they may run in opposite directions."""
+    return getaddresses([header])
+
+
+_templates.filters |= {"bytes": _bytes, "milliseconds": _milliseconds, "clock": _clock, "mailboxes": _mailboxes}
