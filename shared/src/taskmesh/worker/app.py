@@ -114,6 +114,7 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
     """
 
     task_cls = MeshTask
+    backend_cls = "taskmesh.worker.backend:NoResults"
 
     def __init__(self, service: str, *, release: str | None = None, **options: Any) -> None:
         # Not the process's current app: a program may hold several.
@@ -138,6 +139,8 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
             options: Celery's.
         """
         options["transaction_mode"] = transaction
+        # Celery would give the task to every other app of the process as well.
+        options.setdefault("shared", False)
         if args and isinstance(args[0], type) and issubclass(args[0], Contract):
             contract = args[0]
             # Celery's check of arguments against the function's signature would ask for the one named `command`.
@@ -276,7 +279,8 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
             # Outside a task there is no transaction: publish at once, confirmed, and let the worker wait in its outbox.
             if due_at:
                 headers[celery_protocol.ETA_HEADER] = due_at.isoformat()
-            return super().send_task(name, args, kwargs, mandatory=True, **options)
+            options["mandatory"] = True
+            return super().send_task(name, args, kwargs, **options)
         for connected in ("producer", "connection", "redelivered"):
             options.pop(connected, None)
         return self._to_outbox(OutboxProducer(unit, due_at=due_at), name, args, kwargs, options)
