@@ -7,10 +7,12 @@ import signal
 import time
 from datetime import UTC, datetime
 from typing import Any, Literal
+from uuid import UUID
 
 from celery import chain, group
 from celery.exceptions import Ignore
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from taskmesh.contracts import Command, Event
 from taskmesh.errors import PermanentError, TransientError
@@ -178,6 +180,66 @@ def soft_limit(self: MeshTask) -> None:
 def waits(self: MeshTask) -> None:
     """Needs the database."""
     record(self, "done")
+
+
+@app.task(name="orders.api.refused", bind=True)
+def refused(self: MeshTask) -> None:
+    """Writes what the database refuses at the commit."""
+    record(self, "refused")
+    self.session.execute(text("insert into checked_at_commit values (1), (1)"))
+
+
+@app.task(name="orders.api.unstorable", bind=True)
+def unstorable(self: MeshTask) -> str:
+    """Returns what the ledger cannot keep."""
+    record(self, "done")
+    return "a\x00b"
+
+
+@app.task(name="orders.api.hides_outage", bind=True, retry_backoff=1)
+def hides_outage(self: MeshTask) -> None:
+    """Loses its connection in its first run, and calls that by another name."""
+    if not self.request.retries:
+        try:
+            self.session.execute(text("select pg_terminate_backend(pg_backend_pid())"))
+        except DBAPIError as error:
+            raise TransientError("the database is away") from error
+    record(self, f"delivered {(self.request.headers or {}).get('x-delivery-count', 0)} times before")
+
+
+_cut: set[UUID] = set()
+
+
+@app.task(name="orders.api.cut", bind=True)
+def cut(self: MeshTask) -> str:
+    """Ends well, but loses its connection just before the commit of its first run."""
+    record(self, "cut")
+    if self.task_id not in _cut:
+        _cut.add(self.task_id)
+        backend = self.session.scalar(text("select pg_backend_pid()"))
+        with self.app.sessions() as other:
+            other.execute(text("select pg_terminate_backend(:backend)"), {"backend": backend})
+    return "cut"
+
+
+@app.task(name="orders.steps.hang", bind=True, transaction="last", soft_time_limit=1, time_limit=20, max_retries=1)
+def hanging_step(self: MeshTask) -> None:
+    """Hangs in a query of a step, in its first attempt."""
+    with self.transaction() as session:
+        session.execute(
+            text("insert into effects (task_id, note, attempt, at) values (:task_id, 'step', 0, now())"),
+            {"task_id": self.task_id},
+        )
+        if not self.request.retries:
+            session.execute(text("select pg_sleep(60)"))
+
+
+@app.task(name="orders.api.outlasts", bind=True)
+def outlasts(self: MeshTask) -> None:
+    """Takes longer than a stopping worker waits, in its first delivery."""
+    record(self, "done")
+    if not (self.request.headers or {}).get("x-delivery-count"):
+        time.sleep(60)
 
 
 @app.task(name="orders.api.hard_limit", bind=True, time_limit=1, soft_time_limit=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -22,11 +23,14 @@ import psycopg
 import pytest
 from celery import Celery
 from kombu import Exchange
+from pydantic import SecretStr
 
 from taskmesh import lifecycle
-from taskmesh.contracts.lifecycle import LifecycleEvent
+from taskmesh.contracts.lifecycle import LifecycleEvent, TaskFailure
 from taskmesh.parts.postgres import create_database, drop_database
 from taskmesh.parts.rabbitmq import create_vhost, delete_vhost, in_vhost
+from taskmesh.settings import WorkerSettings
+from taskmesh.worker import WorkerApp
 
 SERVICE = Path(__file__).parents[1] / "services" / "orders.py"
 DEADLINE_SECONDS = 30.0
@@ -174,6 +178,7 @@ def orders(postgres: str, rabbitmq: Any, tmp_path_factory: pytest.TempPathFactor
 def _create_effects(database_url: str) -> None:
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute("create table effects (id bigserial, task_id uuid, note text, attempt int, at timestamptz)")
+        connection.execute("create table checked_at_commit (name int unique deferrable initially deferred)")
 
 
 def _declare_ledger(broker: Any) -> None:
@@ -526,3 +531,158 @@ def test_a_killed_worker_loses_nothing(orders: Orders) -> None:
 
     assert orders.wait(task_id) == "succeeded"
     assert orders.notes(task_id) == ["tea"]
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes of a worker's pool."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+ERRBACK = {"task": "orders.plain.note", "args": [], "kwargs": {}, "options": {}, "subtask_type": None}
+
+
+def failure_of(orders: Orders, task_id: str) -> TaskFailure:
+    """Why the ledger is told that the task failed."""
+    [event] = eventually(lambda: [event for event in orders.events(task_id) if event.state == "failed"])
+    assert event.failure is not None
+    return event.failure
+
+
+def test_an_effect_that_the_database_refuses_at_the_commit_fails_the_task_at_once(orders: Orders) -> None:
+    """A deferred constraint is a bug like any other, and no reason to deliver the message again."""
+    task_id = orders.send("orders.api.refused")
+
+    assert orders.wait(task_id) == "failed"
+    assert failure_of(orders, task_id).code == "exception"
+    assert orders.notes(task_id) == []
+
+
+def test_a_result_that_the_ledger_cannot_keep_fails_its_task_and_no_other(orders: Orders) -> None:
+    """PostgreSQL has no U+0000: the report would take all others of its parcel along to the dead letters."""
+    task_id = orders.send("orders.api.unstorable")
+
+    assert orders.wait(task_id) == "failed"
+    assert failure_of(orders, task_id).code == "exception"
+
+
+def test_a_connection_lost_in_a_task_that_hides_it_costs_no_delivery(orders: Orders) -> None:
+    """The retry that the task asks for is written by a new connection."""
+    task_id = orders.send("orders.api.hides_outage")
+
+    assert orders.wait(task_id) == "succeeded"
+    assert orders.notes(task_id) == ["delivered 0 times before"]
+
+
+def test_a_soft_time_limit_inside_a_step_ends_the_step_and_its_query(orders: Orders) -> None:
+    """The orphaned query does not go on, and the retry has its turn."""
+    task_id = orders.send("orders.steps.hang")
+
+    assert orders.wait(task_id) == "succeeded"
+    assert orders.notes(task_id) == ["step"]
+    retried = [event for event in orders.events(task_id) if event.state == "retrying"]
+    assert [event.failure and event.failure.code for event in retried] == ["time_limit"]
+
+
+def test_a_duplicate_that_waits_beyond_its_soft_time_limit_does_not_fail_the_task(orders: Orders) -> None:
+    """It has not run: what it waits for may yet be undone."""
+    task_id = str(uuid4())
+    log = orders.health / "worker.log"
+    given_back = log.read_text().count("message given back")
+    with psycopg.connect(orders.database_url) as first:
+        first.execute("insert into inbox (task_id, sequence, state) values (%s, 0, 'succeeded')", (task_id,))
+        orders.send("orders.api.waits", task_id=task_id)
+        eventually(lambda: log.read_text().count("message given back") > given_back)
+        first.rollback()
+
+    assert orders.wait(task_id) == "succeeded"
+    assert orders.notes(task_id) == ["done"]
+
+
+def test_a_retry_without_throw_sends_what_is_linked_once(orders: Orders) -> None:
+    """The link belongs to the task, which has not ended yet."""
+    link = {"task": "orders.plain.note", "args": [], "kwargs": {}, "options": {}, "subtask_type": None}
+    task_id = orders.send("orders.api.call", way="quiet retry", link=link)
+
+    assert orders.wait(task_id) == "succeeded"
+    eventually(lambda: orders.followers(task_id))
+    assert orders.wait(orders.send("orders.order.place", name="last")) == "succeeded"
+    assert eventually(orders.idle)
+    assert orders.followers(task_id) == ["errback quiet retry"]
+
+
+def test_a_commit_that_is_lost_loses_no_link(orders: Orders) -> None:
+    """What is linked leaves with the run that commits."""
+    link = {"task": "orders.plain.note", "args": [], "kwargs": {}, "options": {}, "subtask_type": None}
+    task_id = orders.send("orders.api.cut", link=link)
+
+    assert orders.wait(task_id) == "succeeded"
+    eventually(lambda: orders.followers(task_id) == ["errback cut"])
+
+
+def test_an_errback_that_cannot_be_sent_does_not_keep_the_failure_from_being_told(orders: Orders) -> None:
+    """A contract's task takes no id of a failed one."""
+    errback = ERRBACK | {"task": "orders.order.ship"}
+    task_id = orders.send("orders.api.call", way="fail with errback", link_error=errback)
+
+    assert orders.wait(task_id) == "failed"
+    assert failure_of(orders, task_id).code == "rejected"
+
+
+def test_link_error_is_sent_for_a_poison_task(orders: Orders) -> None:
+    """However a task fails, its errback hears of it."""
+    task_id = orders.send("orders.plain.poison", link_error=ERRBACK)
+
+    assert orders.wait(task_id) == "failed"
+    eventually(lambda: orders.followers(task_id) == [f"errback {task_id}"])
+
+
+def test_delay_outside_a_task_publishes_at_once(orders: Orders) -> None:
+    """A process of the service, such as a script, sends as Celery documents it."""
+    app = WorkerApp("orders")
+
+    @app.task(name="orders.plain.add")
+    def add(x: int, y: int) -> int:
+        return x + y
+
+    app.configure(WorkerSettings(database_url=SecretStr(orders.database_url), amqp_url=SecretStr(orders.amqp_url)))
+    task_id = add.delay(x=2, y=5).id
+
+    assert orders.wait(task_id) == "succeeded"
+    assert orders.notes(task_id) == ["7"]
+
+
+def test_link_error_is_not_sent_for_a_run_that_a_time_limit_ended(orders: Orders) -> None:
+    """The task runs again, and succeeds."""
+    task_id = orders.send("orders.api.hard_limit", link_error=ERRBACK)
+
+    assert orders.wait(task_id) == "succeeded"
+    assert orders.wait(orders.send("orders.order.place", name="last")) == "succeeded"
+    assert orders.rows("select 1 from effects where note = %s", f"errback {task_id}") == []
+
+
+def test_a_task_that_outlasts_a_stopping_worker_runs_again(orders: Orders) -> None:
+    """Its message goes back to the queue, and the worker leaves no sign of being ready."""
+    task_id = orders.send("orders.api.outlasts")
+    eventually(
+        lambda: orders.rows(
+            "select 1 from pg_stat_activity where datname = current_database() and state = 'idle in transaction'"
+        )
+    )
+    orders.processes["worker"].send_signal(signal.SIGTERM)
+    assert orders.processes["worker"].wait(timeout=25) is not None
+    assert not (orders.health / "orders-worker.ready").exists()
+    orders.start("worker")
+
+    assert orders.wait(task_id) == "succeeded"
+    assert orders.notes(task_id) == ["done"]
+    assert "Ctrl+C" not in (orders.health / "worker.log").read_text()
+
+
+def test_what_celery_says_is_json_too(orders: Orders) -> None:
+    """A process of the pool that was killed is one line among the others."""
+    log = orders.health / "worker.log"
+    before = len(log.read_text())
+    os.kill(children_of(orders.processes["worker"].pid)[0], signal.SIGKILL)
+
+    [line] = eventually(lambda: [line for line in log.read_text()[before:].splitlines() if "exited with" in line])
+    assert json.loads(line)["logger"] == "multiprocessing"

@@ -50,6 +50,6 @@ def json_bytes(value: Any) -> bytes:
     """The JSON form of a task's result.
 
     Raises:
-        TypeError: It has none.
+        TypeError, ValueError: It has none.
     """
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()

@@ -46,6 +46,8 @@ def configure(log_format: Literal["json", "console"], level: str, service: str, 
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
+    # Libraries warn on standard error, in lines of their own form.
+    logging.captureWarnings(capture=True)
     for name, least in QUIET.items():
         logging.getLogger(name).setLevel(max(least, root.level))
 

@@ -9,23 +9,25 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import socket
 import time
 import traceback
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 from uuid import UUID
 
 from celery.canvas import maybe_signature
 from celery.exceptions import Ignore, MaxRetriesExceededError, Reject, Retry, SoftTimeLimitExceeded
 from opentelemetry.trace import Span, SpanKind, StatusCode
 from pydantic import BaseModel, ValidationError
+from sqlalchemy.exc import SQLAlchemyError
 
 from taskmesh import celery_protocol, inbox, lifecycle, logs, outbox, telemetry
 from taskmesh.contracts.lifecycle import LifecycleEvent, TaskFailure, TaskKind, TaskState
 from taskmesh.database import is_unavailable
-from taskmesh.errors import ContractViolation, TaskmeshError
+from taskmesh.errors import ContractViolation, PermanentError, TaskmeshError
 from taskmesh.inbox import InboxState
 from taskmesh.outbox import OutboxMessage
 from taskmesh.worker import unit as units
@@ -49,17 +51,18 @@ REDELIVERIES_MIN = 3
 
 RESULT_MAX_BYTES = 64 * 1024
 
-
-def _wait(rerun: int) -> None:
-    try:
-        time.sleep(min(RERUN_WAIT_MAX_SECONDS, 0.1 * 2**rerun) * random.uniform(0.5, 1))  # noqa: S311
-    except SoftTimeLimitExceeded as error:
-        logger.warning("message given back: no database until the soft time limit")
-        raise Reject("database unavailable until the soft time limit", requeue=True) from error
+# After an even number of backslashes, which are escaped ones.
+NULL_CHARACTER = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 
 
 class Settled(Ignore):  # type: ignore[misc]  # Celery has no types
     """The outcome is committed: acknowledge, and do nothing more."""
+
+
+class Poison(PermanentError):
+    """The task was delivered too often without an outcome."""
+
+    code = "poison"
 
 
 class Attempt:
@@ -92,51 +95,70 @@ class Attempt:
         """
         facts = {"task_id": str(self.task_id), "type": self.task.name, "attempt": self.attempt}
         with logs.facts(**facts), self._span() as span:
-            for rerun in range(RERUNS):
-                try:
-                    return self._settled(span)
-                except (Ignore, Reject):
-                    raise
-                except Exception as error:
-                    if not is_unavailable(error):
-                        self._mark(span, error)
-                        logger.exception("attempt could not be settled")
-                        raise Reject(error, requeue=True) from error
-                    logger.warning("database unavailable; attempt waits", extra={"rerun": rerun})
-                    self.task.app.dispose_connections()
-                    _wait(rerun)
-            span.set_status(StatusCode.ERROR, "database_unavailable")
-            raise Reject("database unavailable", requeue=True)
+            try:
+                result = self._run(span)
+            except (Ignore, Reject):
+                raise
+            except SoftTimeLimitExceeded as error:
+                # Not in the task's own code, but while its attempt waited for the database or for another delivery.
+                self._mark(span, error)
+                logger.warning("message given back: the soft time limit has come while its attempt waited")
+                raise Reject(error, requeue=True) from error
+            except Exception as error:
+                self._mark(span, error)
+                logger.exception("attempt could not be settled")
+                raise Reject(error, requeue=True) from error
+        # They have left with the commit; Celery would send them again.
+        self.request.callbacks = self.request.chain = None
+        return result
 
     @property
     def attempt(self) -> int:
         """Counts runs from 1."""
         return (self.request.retries or 0) + 1
 
+    def _run(self, span: Span) -> Any:
+        """Run the task, and again each time that its database was lost."""
+        for rerun in range(RERUNS):
+            try:
+                return self._settled(span)
+            except Exception as error:
+                if not is_unavailable(error):
+                    raise
+                logger.warning("database unavailable; attempt waits", extra={"rerun": rerun})
+            self.task.app.dispose_connections()
+            time.sleep(min(RERUN_WAIT_MAX_SECONDS, 0.1 * 2**rerun) * random.uniform(0.5, 1))  # noqa: S311
+        span.set_status(StatusCode.ERROR, "database_unavailable")
+        raise Reject("database unavailable", requeue=True)
+
     def _settled(self, span: Span) -> Any:
         unit = Unit(Key(self.task_id, self.sequence), self.task.app.sessions)
         with units.running(unit):
             try:
                 self._check_in(unit)
-                try:
-                    arguments, keywords = self._arguments()
-                except ContractViolation as error:
-                    return self._dead_letter(unit, error, span)
+                arguments, keywords = self._arguments()
                 if self.task.transaction_mode == "whole":
                     unit.open()
-                result = self.task.run(*arguments, **keywords)
-                self._follow(result)
             except AlreadySettled:
-                return self._skip(span)
+                self._skip(span)
+            except Poison as error:
+                self._fail(unit, error, span)
+            except ContractViolation as error:
+                self._dead_letter(unit, error, span)
+            try:
+                result = self.task.run(*arguments, **keywords)
+                self._follow(unit, result)
+            except AlreadySettled:
+                self._skip(span)
             except (Ignore, Retry, Reject) as outcome:
-                return self._settle_outcome(unit, outcome, span)
+                self._settle_outcome(unit, outcome, span)
             except Exception as error:
                 if is_unavailable(error):
                     raise
-                return self._fail(unit, error, span)
+                self._fail(unit, error, span)
             return self._succeed(unit, result, span)
 
-    def _skip(self, span: Span) -> Any:
+    def _skip(self, span: Span) -> NoReturn:
         span.set_attribute("taskmesh.outcome", "duplicate")
         logger.info("delivery skipped: the attempt is settled already", extra={"redeliveries": self.redeliveries})
         raise Settled
@@ -151,20 +173,16 @@ class Attempt:
             raise Settled
         limit = self.task.max_retries
         if limit is not None and self.redeliveries >= max(REDELIVERIES_MIN, limit + 1):
-            failure = TaskFailure(
-                code="poison",
-                message=f"delivered {self.redeliveries + 1} times without an outcome: the task kills its worker, hangs,"
-                " or its worker was stopped each time",
+            raise Poison(
+                f"delivered {self.redeliveries + 1} times without an outcome: the task kills its worker, hangs, or its"
+                " worker was stopped each time"
             )
-            unit.settle_without_effect(InboxState.FAILED, [self._report(TaskState.FAILED, failure=failure)])
-            logger.error("task failed: poison", extra={"redeliveries": self.redeliveries})
-            raise Settled
         if self.task.transaction_mode == "last":
             with self.task.app.sessions() as session:
                 if not inbox.is_open(session, self.task_id, self.sequence):
                     raise AlreadySettled
 
-    def _defer(self, unit: Unit) -> None:
+    def _defer(self, unit: Unit) -> NoReturn:
         """Move a task that plain Celery published with an `eta` out of the worker and into the outbox."""
         assert self.due_at is not None
         # The delivery to come has this attempt's own sequence, so what is recorded is the one before it.
@@ -190,9 +208,12 @@ class Attempt:
         except ValidationError as error:
             raise ContractViolation(describe_violation(error)) from error
 
-    def _follow(self, result: Any) -> None:
+    def _follow(self, unit: Unit, result: Any) -> None:
         """Send `link` and `chain` now, inside the transaction, and not after it as Celery would."""
         request = self.request
+        if self._own(unit.messages):
+            # `retry(throw=False)`: they went along with it, and wait for the task's end.
+            return
         for callback in request.callbacks or ():
             signature = maybe_signature(callback, app=self.task.app)
             signature.apply_async((plain(result),), parent_id=request.id, root_id=request.root_id)
@@ -200,15 +221,20 @@ class Attempt:
             rest = list(request.chain)
             following = maybe_signature(rest.pop(), app=self.task.app)
             following.apply_async((plain(result),), chain=rest, parent_id=request.id, root_id=request.root_id)
-        request.callbacks = request.chain = None
 
     def _succeed(self, unit: Unit, result: Any, span: Span) -> Any:
         value = plain(result)
         try:
             bounded(value)
         except (TypeError, ValueError) as error:
-            return self._fail(unit, error, span)
-        state = self._settle_success(unit, value)
+            self._fail(unit, error, span)
+        try:
+            state = self._settle_success(unit, value)
+        except SQLAlchemyError as error:
+            if is_unavailable(error):
+                raise
+            # What the task left to be flushed, or a constraint that is checked at the commit: the effect was refused.
+            self._fail(unit, error, span)
         span.set_attribute("taskmesh.outcome", state)
         logger.info("task " + state if state == "succeeded" else "task continues in a later attempt")
         return value
@@ -229,7 +255,7 @@ class Attempt:
             raise Settled from None
         return TaskState.RETRYING
 
-    def _settle_outcome(self, unit: Unit, outcome: BaseException, span: Span) -> Any:
+    def _settle_outcome(self, unit: Unit, outcome: BaseException, span: Span) -> NoReturn:
         """What Celery's own control exceptions mean."""
         if isinstance(outcome, Retry):
             self._retry(unit, outcome, span)
@@ -242,11 +268,10 @@ class Attempt:
         self._succeed(unit, None, span)
         raise Settled
 
-    def _retry(self, unit: Unit, outcome: Retry, span: Span) -> None:
+    def _retry(self, unit: Unit, outcome: Retry, span: Span) -> NoReturn:
         onward = self._own(unit.messages)
         if onward is None:
             self._fail(unit, RuntimeError("Retry was raised by hand; call self.retry()"), span)
-        assert onward is not None
         cause = outcome.exc if isinstance(outcome.exc, BaseException) else None
         failure = describe(cause) if cause else TaskFailure(code="retry", message="the task asked for a retry")
         due_at = _no_sooner(onward.due_at, cause)
@@ -262,7 +287,7 @@ class Attempt:
         self.task.on_retry(outcome, self.request.id, self.args, self.kwargs, None)
         raise Settled
 
-    def _fail(self, unit: Unit, error: BaseException, span: Span) -> Any:
+    def _fail(self, unit: Unit, error: BaseException, span: Span) -> NoReturn:
         unit.messages.clear()
         self._send_errbacks()
         failure = describe(error)
@@ -280,16 +305,19 @@ class Attempt:
     def _send_errbacks(self) -> None:
         """Send `link_error` with the failure, not after it: Celery would do so from a process that may be gone."""
         for errback in self.request.errbacks or ():
-            signature = maybe_signature(errback, app=self.task.app)
-            signature.apply_async((self.request.id,), parent_id=self.request.id, root_id=self.request.root_id)
-        self.request.errbacks = None
+            try:
+                signature = maybe_signature(errback, app=self.task.app)
+                signature.apply_async((self.request.id,), parent_id=self.request.id, root_id=self.request.root_id)
+            except Exception:
+                # Whatever its sender made of it, the failure must be told.
+                logger.exception("link_error could not be sent")
 
-    def _dead_letter(self, unit: Unit, error: ContractViolation, span: Span) -> Any:
+    def _dead_letter(self, unit: Unit, error: ContractViolation, span: Span) -> NoReturn:
         """Tell the ledger why, and park the message: mended and replayed, it finds the inbox open."""
-        unit.drop()
-        report = self._report(TaskState.FAILED, failure=describe(error))
+        self._send_errbacks()
+        report = self._report(TaskState.FAILED, failure=describe(error), children=self._children(unit.messages))
         with self.task.app.sessions() as session:
-            outbox.put(session, [report])
+            outbox.put(session, [*unit.messages, report])
             session.may_commit = True
             session.commit()
         self._mark(span, error)
@@ -415,7 +443,7 @@ def describe_violation(error: ValidationError) -> str:
 def describe(error: BaseException) -> TaskFailure:
     """What the ledger may know of an error: our own words for our own errors, only the place for others."""
     if isinstance(error, TaskmeshError):
-        return TaskFailure(code=error.code, message=str(error)[:2000], exception=qualified_name(error))
+        return TaskFailure(code=error.code, message=_storable(str(error))[:2000], exception=qualified_name(error))
     if isinstance(error, SoftTimeLimitExceeded):
         return TaskFailure(
             code="time_limit", message="the soft time limit was exceeded", exception=qualified_name(error)
@@ -432,6 +460,11 @@ def describe(error: BaseException) -> TaskFailure:
     )
 
 
+def _storable(text: str) -> str:
+    """The text without what PostgreSQL cannot keep: U+0000, and halves of surrogate pairs."""
+    return text.replace("\x00", "\N{SYMBOL FOR NULL}").encode("utf-8", "replace").decode()
+
+
 def qualified_name(error: BaseException) -> str:
     """`module.Class` of an exception."""
     return f"{type(error).__module__}.{type(error).__qualname__}"
@@ -446,10 +479,13 @@ def bounded(value: Any) -> Any:
     """The value, if it is JSON and small enough for the ledger.
 
     Raises:
-        ValueError: It is too large: put it into the object store and return the reference.
+        ValueError: The ledger could not keep it, or it is too large: then return a reference into the object store.
         TypeError: It is not JSON.
     """
-    size = len(lifecycle.json_bytes(value))
+    encoded = lifecycle.json_bytes(value)
+    if NULL_CHARACTER.search(encoded):
+        raise ValueError("result with the character U+0000, which PostgreSQL cannot keep")
+    size = len(encoded)
     if size > RESULT_MAX_BYTES:
         raise ValueError(f"result of {size} bytes; at most {RESULT_MAX_BYTES}, return a reference instead")
     return value

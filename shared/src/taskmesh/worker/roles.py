@@ -74,6 +74,7 @@ def set_up(app: WorkerApp, settings: SetupSettings, scripts: Path | None) -> Non
 def work(app: WorkerApp, settings: WorkerSettings) -> int:
     """Run tasks until told to stop; returns the process's exit code."""
     from celery import signals
+    from celery.apps import worker as celery_program
 
     logs.configure(settings.log_format, settings.log_level, app.service, "worker")
     app.configure(settings)
@@ -100,6 +101,13 @@ def work(app: WorkerApp, settings: WorkerSettings) -> int:
     else:
         signals.worker_init.connect(start, weak=False)
         signals.worker_shutdown.connect(stop, weak=False)
+    health = Health(settings.health_dir, f"{app.service}-worker")
+    # Celery writes to standard output from its signal handlers, and its pool to standard error, both in forms of their
+    # own.
+    celery_program.safe_say = lambda *_, **__: None
+    pool_logger = logging.getLogger("multiprocessing")
+    pool_logger.handlers[:] = logging.getLogger().handlers
+    pool_logger.setLevel(logging.WARNING)
     worker = app.Worker(
         pool=settings.worker_pool,
         concurrency=settings.worker_concurrency,
@@ -108,7 +116,10 @@ def work(app: WorkerApp, settings: WorkerSettings) -> int:
         without_heartbeat=True,
         quiet=True,
     )
-    worker.start()
+    try:
+        worker.start()
+    finally:
+        health.stopped()
     return int(worker.exitcode or 0)
 
 

@@ -93,10 +93,13 @@ class MeshTask(Task):  # type: ignore[misc]  # Celery has no types
 
         It is not undone when the task fails later, so it must be safe to repeat.
         """
-        with self.app.sessions() as session:
+        session = self.app.sessions()
+        try:
             yield session
             session.may_commit = True
             session.commit()
+        finally:
+            units.give_up(session)
 
     def send(self, command: Command, **options: Any) -> UUID:
         """Send a command when, and only if, this task commits; takes the options of `apply_async`.

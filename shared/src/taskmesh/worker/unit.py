@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from uuid import UUID
 
+import psycopg
 from psycopg.pq import TransactionStatus
 from sqlalchemy import update
 from sqlalchemy.exc import SQLAlchemyError
@@ -18,6 +19,9 @@ from taskmesh.inbox import InboxState
 from taskmesh.outbox import OutboxMessage
 
 CANCEL_SECONDS = 2.0
+
+SOUND = frozenset({TransactionStatus.INTRANS, TransactionStatus.INERROR})
+"""In these a savepoint can be returned to."""
 
 
 class AlreadySettled(Exception):
@@ -123,7 +127,7 @@ class Unit:
         session = self._session
         if session is None:
             return
-        if self._savepoint is not None and not _is_busy(session):
+        if self._savepoint is not None and _status(session) in SOUND:
             try:
                 self._savepoint.rollback()
             except SQLAlchemyError:
@@ -135,26 +139,34 @@ class Unit:
     def drop(self) -> None:
         """Give up the transaction, whatever state it is in."""
         session, self._session, self._savepoint = self._session, None, None
-        if session is None:
-            return
-        if _is_busy(session):
-            # A soft time limit raises inside psycopg's wait: the query still runs, and a ROLLBACK would be refused
-            # with "another command is already in progress" while the orphan keeps the inbox row locked.
-            connection = session.connection()
-            driver_connection = connection.connection.driver_connection
-            if driver_connection is not None:
+        if session is not None:
+            give_up(session)
+
+
+def give_up(session: Session) -> None:
+    """Roll back and close, even in the middle of a query."""
+    if _status(session) is TransactionStatus.ACTIVE:
+        # A soft time limit raises inside psycopg's wait: the query still runs, and a ROLLBACK would be refused with
+        # "another command is already in progress" while the orphan keeps its locks.
+        connection = session.connection()
+        driver_connection = connection.connection.driver_connection
+        if driver_connection is not None:
+            with suppress(psycopg.Error):
                 driver_connection.cancel_safe(timeout=CANCEL_SECONDS)
-            # The connection first: closing the session alone would still send a ROLLBACK TO SAVEPOINT.
-            connection.invalidate()
-        session.close()
+        # The connection first: closing the session alone would still send a ROLLBACK TO SAVEPOINT.
+        connection.invalidate()
+    session.close()
 
 
-def _is_busy(session: Session) -> bool:
+def _status(session: Session) -> TransactionStatus | None:
+    """What the session's connection is in the middle of; None when it has none, or has lost it."""
+    if not session.in_transaction():
+        return None
     try:
         connection = session.connection().connection.driver_connection
     except SQLAlchemyError:
-        return False
-    return connection is not None and connection.info.transaction_status == TransactionStatus.ACTIVE
+        return None
+    return None if connection is None else TransactionStatus(connection.info.transaction_status)
 
 
 _current: ContextVar[Unit | None] = ContextVar("taskmesh_unit", default=None)
