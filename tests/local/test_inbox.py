@@ -120,3 +120,21 @@ def test_a_mail_without_html_or_attachments_is_shown(mails, page):
 
     assert "(no subject)" in page.get("/messages/1").text
     assert page.get("/messages/2").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("header", "shown"),
+    [
+        ("=?utf-8?b?2LAu2YU=?=\r\n =?utf-8?b?LtmFLg==?= <a@example.org>", '"ذ.م.م." <a@example.org>'),
+        ("=?utf-8?q?Doe=2C_J=C3=B6rg?= <a@example.org>, b@example.org", '"Doe, Jörg" <a@example.org>, b@example.org'),
+        ("=?nowhere?q?x?= <a@example.org>", "=?nowhere?q?x?= <a@example.org>"),
+        ("undisclosed-recipients:;", "undisclosed-recipients:;"),
+    ],
+)
+def test_names_are_shown_as_they_were_meant(mails, page, header, shown):
+    """However a header was folded and encoded, the page says the name that the sender gave."""
+    mails.add("from@example.org", ["a@example.org"], f"To: {header}\r\nSubject: x\r\n\r\nx\r\n".encode())
+
+    [mail] = page.get("/api/messages").json()["items"]
+    assert mail["to"] == shown
+    assert page.get("/").status_code == page.get(f"/messages/{mail['id']}").status_code == 200

@@ -109,3 +109,22 @@ def test_a_reader_that_has_seen_enough_ends_the_logs_quietly(folders):
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 0
+
+
+def test_a_folder_that_cannot_be_written_is_told_of_in_one_line(command, folders):
+    folders.root.parent.mkdir(exist_ok=True)
+    folders.root.write_text("a file is in the way")
+    answer = command("up")
+    folders.root.unlink()
+    assert answer.returncode == 1
+    assert answer.stderr.startswith(f"✗ {folders.root}: File exists. The mesh keeps what it has in {folders.root};")
+
+
+def test_a_damaged_record_is_told_of_in_one_line(command, folders):
+    folders.root.mkdir()
+    folders.state.write_text("{")
+    answers = [command(word) for word in ("up", "status", "down")]
+    folders.state.unlink()
+    assert {answer.returncode for answer in answers} == {1}
+    assert all(answer.stderr.startswith(f"✗ {folders.state} cannot be read") for answer in answers)
+    assert all(len(answer.stderr.splitlines()) == 1 for answer in answers)

@@ -19,7 +19,7 @@ from taskmesh.exchanges import EVENTS
 from taskmesh.parts import PartDidNotStart, PartMissing, accounts, postgres, rabbitmq
 from taskmesh.parts.accounts import data_folder, unprivileged
 from taskmesh.parts.ports import RANGE, free_port, is_free
-from taskmesh.parts.postgres import GivenPostgres, Postgres
+from taskmesh.parts.postgres import GivenPostgres, Postgres, create_service_database
 from taskmesh.parts.processes import Process, spawn
 from taskmesh.parts.rabbitmq import RabbitMQ, create_service_users
 from taskmesh.parts.spans import read_spans
@@ -101,6 +101,17 @@ def test_a_given_server_that_is_down_is_named_by_its_variable():
     """The reader knows the variable, not our classes."""
     with pytest.raises(PartDidNotStart, match="TASKMESH_DATABASE_URL"):
         GivenPostgres(f"postgresql://a:b@127.0.0.1:{free_port()}/x").start()
+
+
+def test_an_account_without_the_right_to_create_databases_is_named(postgres):
+    with psycopg.connect(postgres, autocommit=True) as admin:
+        admin.execute("CREATE ROLE clerk LOGIN PASSWORD 'clerk'")
+    try:
+        with pytest.raises(PartMissing, match="account clerk must be allowed to create roles and databases"):
+            create_service_database(f"postgresql://clerk:clerk@{postgres.rpartition('@')[2]}", "ledgers")
+    finally:
+        with psycopg.connect(postgres, autocommit=True) as admin:
+            admin.execute("DROP ROLE clerk")
 
 
 def test_a_killed_rabbitmq_comes_back_with_its_messages_and_leaves_no_epmd(tmp_path):

@@ -15,7 +15,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from taskmesh.errors import TaskmeshError
-from taskmesh.parts import PartDidNotStart, PartMissing
 from taskmesh_local import environment, logs
 from taskmesh_local.folders import Folders
 from taskmesh_local.mesh import Mesh, Standing
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one 
     console = Console(stderr=False)
     folders = Folders.find()
     if words[:1] == ["demo"]:
-        return _reporting(console, lambda: demo(folders, console, words[1:]))
+        return _reporting(folders, console, lambda: demo(folders, console, words[1:]))
     options = _parser().parse_args(words)
     match options.command:
         case "up":
@@ -42,11 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one 
             if unknown:
                 print(f"There is no process {', '.join(unknown)}. There are: {', '.join(NAMES)}.", file=sys.stderr)
                 return 2
-            return _reporting(console, lambda: up(folders, console, options.names))
+            return _reporting(folders, console, lambda: up(folders, console, options.names))
         case "down":
-            return _reporting(console, lambda: down(folders, console, purge=options.purge))
+            return _reporting(folders, console, lambda: down(folders, console, purge=options.purge))
         case "status":
-            return status(folders, console)
+            return _reporting(folders, console, lambda: status(folders, console))
         case "logs":
             return logs.show(folders, options.names or None, follow=options.follow)
         case "inbox":
@@ -92,13 +91,15 @@ def down(folders: Folders, console: Console, *, purge: bool) -> int:
         return 0
     with locked(folders) as state:
         Mesh(state, Progress(console)).down(purge=purge)
+        given = bool(state.given)
     if purge:
         for path in folders.root.iterdir():
             # `make` keeps its own tools there; they are no data of the mesh.
             if path.name == "tools":
                 continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    kept = "and its data is deleted" if purge else "and its data is kept; `make up` starts it again"
+    gone = "and its data is deleted" + (", but for what is on the given servers" if given else "")
+    kept = gone if purge else "and its data is kept; `make up` starts it again"
     console.print(f"The mesh is down, {kept}.", highlight=False)
     return 0
 
@@ -146,16 +147,25 @@ def demo(folders: Folders, console: Console, words: Sequence[str]) -> int:
     return run(list(words)) or 0
 
 
-def _reporting(console: Console, command: Callable[[], int]) -> int:
+def _reporting(folders: Folders, console: Console, command: Callable[[], int]) -> int:
     """Run a command; what goes wrong on this machine is told in words, not in a traceback."""
     try:
         return command()
-    except (PartMissing, PartDidNotStart, TaskmeshError) as error:
-        Console(stderr=True).print(f"[red]✗[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        return 1
+    except TaskmeshError as error:
+        return _complain(str(error))
+    except OSError as error:
+        if error.filename is None:
+            return _complain(str(error))
+        place = f"The mesh keeps what it has in {folders.root}; TASKMESH_LOCAL_FOLDER names another folder."
+        return _complain(f"{error.filename}: {error.strerror}. {place}")
     except KeyboardInterrupt:
         console.print("\nInterrupted. What was started stays; `make down` stops it.", highlight=False)
         return 130
+
+
+def _complain(text: str) -> int:
+    Console(stderr=True).print(f"[red]✗[/red] {escape(text)}", highlight=False, soft_wrap=True)
+    return 1
 
 
 def _urls(mesh: Mesh, folders: Folders) -> Table:

@@ -370,7 +370,7 @@ def _told(refusal: Refusal) -> str:
         return f"  [red]✗[/red] {refusal.mistake.what}: accepted"
     sign = "[green]✓[/green]" if refusal.right else "[red]✗[/red]"
     places = "; ".join(f"{error.pointer} {_short(error.detail)}" for error in refusal.problem.errors)
-    return f"  {sign} {refusal.mistake.what}: {refusal.problem.status} {refusal.problem.code}, {escape(places)}"
+    return f"  {sign} {refusal.mistake.what}:\n    {refusal.problem.status} {refusal.problem.code}, {escape(places)}"
 
 
 def _short(text: str, length: int = 35) -> str:

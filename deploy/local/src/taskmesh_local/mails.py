@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email import message_from_bytes, policy
+from email.errors import HeaderParseError
+from email.header import decode_header, make_header
 from email.message import EmailMessage
+from email.utils import getaddresses, quote
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from taskmesh_local.sqlite import opened
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS mails (
@@ -63,6 +67,15 @@ class Mail:
         """A header as a person reads it; empty if there is none."""
         return str(self.message.get(name, ""))
 
+    def mailboxes(self, name: str) -> str:
+        """A header of addresses, with the names as they were meant.
+
+        The parser of `policy.default` puts a blank between two encoded words of one name.
+        """
+        written = [_text(value) for key, value in self.message.raw_items() if key.lower() == name.lower()]
+        read = [_mailbox(person, address) for person, address in getaddresses(written) if address]
+        return ", ".join(read) or self.header(name)
+
     def body(self, kind: str) -> str | None:
         """The `plain` or the `html` part."""
         part = self.message.get_body((kind,))
@@ -75,8 +88,8 @@ class Mail:
             "received_at": self.received_at,
             "mail_from": self.mail_from,
             "rcpt_to": self.rcpt_to,
-            "from": self.header("From"),
-            "to": self.header("To"),
+            "from": self.mailboxes("From"),
+            "to": self.mailboxes("To"),
             "subject": self.header("Subject"),
             "message_id": self.header("Message-ID"),
             "size_bytes": len(self.content),
@@ -94,7 +107,7 @@ class Mails:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with self._open() as database:
+        with opened(self._path) as database:
             database.execute("PRAGMA journal_mode = WAL")
             database.execute(SCHEMA)
 
@@ -109,12 +122,12 @@ class Mails:
             str(message.get("Subject", "")),
             content,
         )
-        with self._open() as database:
+        with opened(self._path) as database:
             columns = "received_at, mail_from, rcpt_to, recipients, subject, content"
             database.execute(f"INSERT INTO mails ({columns}) VALUES (?, ?, ?, ?, ?, ?)", row)  # noqa: S608 - a constant
 
     def get(self, number: int) -> Mail | None:
-        with self._open() as database:
+        with opened(self._path) as database:
             row = database.execute(f"{SELECT} WHERE id = ?", (number,)).fetchone()
         return _mail(row) if row else None
 
@@ -128,26 +141,16 @@ class Mails:
             ORDER BY id DESC LIMIT :limit
         """
         values = {"before": before, "to": to, "subject": subject, "limit": limit}
-        with self._open() as database:
+        with opened(self._path) as database:
             return [_mail(row) for row in database.execute(f"{SELECT} {where}", values).fetchall()]
 
     def count(self) -> int:
-        with self._open() as database:
+        with opened(self._path) as database:
             return int(database.execute("SELECT count(*) FROM mails").fetchone()[0])
 
     def clear(self) -> None:
-        with self._open() as database:
+        with opened(self._path) as database:
             database.execute("DELETE FROM mails")
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        # A connection per use: cheap for a local file, and free of questions about threads.
-        database = sqlite3.connect(self._path, timeout=10)
-        try:
-            with database:
-                yield database
-        finally:
-            database.close()
 
 
 SELECT = "SELECT id, received_at, mail_from, rcpt_to, content FROM mails"
@@ -156,6 +159,20 @@ SELECT = "SELECT id, received_at, mail_from, rcpt_to, content FROM mails"
 def _mail(row: tuple[Any, ...]) -> Mail:
     number, received_at, mail_from, rcpt_to, content = row
     return Mail(number, received_at, mail_from, json.loads(rcpt_to), content)
+
+
+def _text(header: str) -> str:
+    """A header as it came, with bytes beyond ASCII read as the UTF-8 that RFC 6532 allows."""
+    return header.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _mailbox(name: str, address: str) -> str:
+    # A person can still see what a name says that cannot be decoded.
+    with contextlib.suppress(HeaderParseError, LookupError, UnicodeError):
+        name = str(make_header(decode_header(name)))
+    if not name:
+        return address
+    return f'"{quote(name)}" <{address}>' if set(name) & set('()<>@,:;.[]"\\') else f"{name} <{address}>"
 
 
 def _bytes(part: EmailMessage) -> bytes:

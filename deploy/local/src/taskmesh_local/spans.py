@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from taskmesh.parts.spans import Span
+from taskmesh_local.sqlite import opened
 
 # The oldest traces go first; far more than a person looks at, and some hundred megabytes at most.
 KEPT_TRACES = 5000
@@ -106,7 +106,7 @@ class Spans:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with self._open() as database:
+        with opened(self._path) as database:
             database.execute("PRAGMA journal_mode = WAL")
             database.executescript(SCHEMA)
 
@@ -119,7 +119,7 @@ class Spans:
             )
             for s in spans
         ]
-        with self._open() as database:
+        with opened(self._path) as database:
             database.executemany("INSERT OR REPLACE INTO spans VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
             database.executemany(COUNT, [(trace_id,) for trace_id in {span.trace_id for span in spans}])
             self._forget(database)
@@ -135,19 +135,19 @@ class Spans:
                   SELECT 1 FROM spans WHERE spans.trace_id = traces.trace_id AND instr(lower(span), lower(:q)) > 0))
             ORDER BY begun DESC LIMIT :limit
         """
-        with self._open() as database:
+        with opened(self._path) as database:
             rows = database.execute(where, wanted.model_dump())
             return [_summary(row) for row in rows.fetchall()]
 
     def services(self) -> list[str]:
         """Every service that has sent a span."""
-        with self._open() as database:
+        with opened(self._path) as database:
             return [row[0] for row in database.execute("SELECT DISTINCT service FROM spans ORDER BY service")]
 
     def get(self, trace_id: str) -> tuple[dict[str, Any], list[TraceSpan]] | None:
         """A trace's line and its spans, each behind its parent; None if no span of it is known."""
         columns = "trace_id, begun, ended, spans, errors, orphans, services, name, service, task"
-        with self._open() as database:
+        with opened(self._path) as database:
             row = database.execute(f"SELECT {columns} FROM traces WHERE trace_id = ?", (trace_id,)).fetchone()  # noqa: S608 - a constant
             found = database.execute("SELECT span FROM spans WHERE trace_id = ? ORDER BY begun", (trace_id,)).fetchall()
         if row is None:
@@ -159,15 +159,6 @@ class Spans:
         gone = database.execute(old, (KEPT_TRACES,)).fetchall()
         database.executemany("DELETE FROM spans WHERE trace_id = ?", gone)
         database.executemany("DELETE FROM traces WHERE trace_id = ?", gone)
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        database = sqlite3.connect(self._path, timeout=10)
-        try:
-            with database:
-                yield database
-        finally:
-            database.close()
 
 
 def _summary(row: tuple[Any, ...]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from taskmesh.parts import records
+from taskmesh.parts import PartMissing, records
 from taskmesh.parts.ports import free_port, is_free
 from taskmesh.parts.processes import Process
 from taskmesh_local.folders import Folders
@@ -34,8 +34,17 @@ class State:
 
     @classmethod
     def load(cls, folders: Folders) -> State:
-        """What was saved last; an empty state if nothing was."""
-        return cls(folders, **records.read(folders.state))
+        """What was saved last; an empty state if nothing was.
+
+        Raises:
+            PartMissing: Somebody has damaged the file.
+        """
+        try:
+            return cls(folders, **records.read(folders.state))
+        except (ValueError, TypeError) as error:
+            raise PartMissing(
+                f"{folders.state} cannot be read ({error}). Move it away and try again; what it named may still run."
+            ) from error
 
     def save(self) -> None:
         record = {name: getattr(self, name) for name in self.__slots__ if name != "folders"}

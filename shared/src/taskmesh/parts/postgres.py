@@ -217,7 +217,23 @@ def create_service_database(
     """Make the database `<service>` and its roles `<service>_owner` and `<service>`; what exists is kept.
 
     The passwords of existing roles are set anew, so the returned URLs always work. Without a password one is made up.
+
+    Raises:
+        PartMissing: The administrator's account may not do this.
     """
+    try:
+        return _create_service_database(admin_url, service, owner_password, password)
+    except psycopg.errors.InsufficientPrivilege as error:
+        account = urlsplit(admin_url).username
+        raise PartMissing(
+            f"PostgreSQL's account {account} must be allowed to create roles and databases:"
+            f" {error.diag.message_primary}."
+        ) from error
+
+
+def _create_service_database(
+    admin_url: str, service: str, owner_password: str | None, password: str | None
+) -> ServiceDatabase:
     owner, user = f"{service}_owner", service
     passwords = {owner: owner_password or secrets.token_urlsafe(24), user: password or secrets.token_urlsafe(24)}
     with psycopg.connect(admin_url, autocommit=True) as admin:
