@@ -573,6 +573,23 @@ def test_a_connection_lost_in_a_task_that_hides_it_costs_no_delivery(orders: Ord
     assert orders.notes(task_id) == ["delivered 0 times before"]
 
 
+def test_a_connection_lost_in_a_task_that_ignores_it_does_not_fail_the_task(orders: Orders) -> None:
+    """It runs again in place."""
+    task_id = orders.send("orders.api.ignores_outage")
+
+    assert orders.wait(task_id) == "succeeded"
+    assert orders.notes(task_id) == ["done"]
+
+
+def test_a_retry_that_expires_leaves_no_task_waiting(orders: Orders) -> None:
+    """The relay does not publish it, and the inbox says so as well as the ledger."""
+    expires = datetime.now(UTC) + timedelta(seconds=0.9)
+    task_id = orders.send("orders.order.place", name="tea", mode="transient", expires=expires)
+
+    assert orders.wait(task_id) == "expired"
+    eventually(lambda: [event for event in orders.events(task_id) if event.state == "expired"])
+
+
 def test_a_soft_time_limit_inside_a_step_ends_the_step_and_its_query(orders: Orders) -> None:
     """The orphaned query does not go on, and the retry has its turn."""
     task_id = orders.send("orders.steps.hang")

@@ -36,6 +36,9 @@ REDACTED = "<redacted>"
 REPLACEMENT_STRIDE = 10_000
 """`Task.replace` keeps the id and restarts `retries` at 0, so an attempt's place is nesting * stride + retries."""
 
+MAX_SEQUENCE = 2**31 - 1
+"""What the inbox's column holds."""
+
 
 class MalformedMessage(PermanentError):
     """The message is not Celery protocol v2; the first word of the text says what is wrong with it."""
@@ -187,15 +190,7 @@ def read(headers: Mapping[str, Any] | None, content: Any, *, priority: int | Non
     """
     if not isinstance(headers, Mapping):
         raise MalformedMessage("headers are missing")
-    if not isinstance(content, list | tuple) or len(content) != 3:
-        raise MalformedMessage("body must be [args, kwargs, embed]")
-    args, kwargs, embed = content
-    if not isinstance(args, list | tuple):
-        raise MalformedMessage("args must be a list")
-    if not isinstance(kwargs, Mapping):
-        raise MalformedMessage("kwargs must be a mapping")
-    if embed is not None and not isinstance(embed, Mapping):
-        raise MalformedMessage("embed must be a mapping")
+    args, kwargs = _arguments(content)
     type_name = headers.get("task")
     if not isinstance(type_name, str) or not TYPE_PATTERN.fullmatch(type_name):
         raise MalformedMessage("task must be a name like 'billing.invoice.issue'")
@@ -209,11 +204,14 @@ def read(headers: Mapping[str, Any] | None, content: Any, *, priority: int | Non
         kind = TaskKind(headers.get(KIND_HEADER, TaskKind.COMMAND))
     except ValueError as error:
         raise MalformedMessage(f"{KIND_HEADER} must be command or event") from error
-    return TaskMessage(
+    # No part of the task, but trusted by whoever handles it.
+    _time(headers, ETA_HEADER)
+    _uuid(headers, EVENT_ID_HEADER)
+    task = TaskMessage(
         type=type_name,
         id=task_id,
         payload=kwargs,
-        args=tuple(args),
+        args=args,
         kind=kind,
         root_id=_uuid(headers, "root_id"),
         parent_id=_uuid(headers, "parent_id"),
@@ -226,6 +224,22 @@ def read(headers: Mapping[str, Any] | None, content: Any, *, priority: int | Non
         tenant=_text(headers, TENANT_HEADER),
         version=_count(headers, VERSION_HEADER, default=1),
     )
+    if task.sequence > MAX_SEQUENCE:
+        raise MalformedMessage("retries and replaced_task_nesting are too large")
+    return task
+
+
+def _arguments(content: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    if not isinstance(content, list | tuple) or len(content) != 3:
+        raise MalformedMessage("body must be [args, kwargs, embed]")
+    args, kwargs, embed = content
+    if not isinstance(args, list | tuple):
+        raise MalformedMessage("args must be a list")
+    if not isinstance(kwargs, Mapping):
+        raise MalformedMessage("kwargs must be a mapping")
+    if embed is not None and not isinstance(embed, Mapping):
+        raise MalformedMessage("embed must be a mapping")
+    return tuple(args), kwargs
 
 
 def _dumps(content: Any) -> bytes:
@@ -274,6 +288,8 @@ def _time(headers: Mapping[str, Any], name: str) -> datetime | None:
 
 def _text(headers: Mapping[str, Any], name: str) -> str | None:
     value = headers.get(name)
-    if value is not None and not isinstance(value, str):
+    if value is None:
+        return None
+    if not isinstance(value, str) or "\x00" in value:
         raise MalformedMessage(f"{name} must be text")
     return value

@@ -39,6 +39,12 @@ UNAVAILABLE = (
     postgres_errors.SerializationFailure,
 )
 
+RECONNECT_REFUSED = "8s2b"
+"""SQLAlchemy's code: https://docs.sqlalchemy.org/en/20/errors.html#error-8s2b"""
+
+# A network that swallows packets ends a connection within half a minute; by itself Linux waits for hours.
+KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
+
 
 def driver_url(url: SecretStr | str) -> URL:
     """The URL with SQLAlchemy's name for psycopg 3, which serves both sync and async."""
@@ -58,7 +64,7 @@ def async_engine(url: SecretStr | str, **options: Any) -> AsyncEngine:
 
 def _options(options: dict[str, Any]) -> dict[str, Any]:
     # Names the client in pg_stat_activity; five seconds to connect, so that a lost host is an error and not a wait.
-    connect = {"connect_timeout": 5, "application_name": "taskmesh", **options.pop("connect_args", {})}
+    connect = {"connect_timeout": 5, "application_name": "taskmesh", **KEEPALIVE, **options.pop("connect_args", {})}
     # An SQL error is logged with its statement, and never with its parameters: those are payloads.
     return {"connect_args": connect, "hide_parameters": True, **options}
 
@@ -67,6 +73,9 @@ def is_unavailable(error: BaseException) -> bool:
     """True if the same transaction may succeed when it is tried again."""
     if isinstance(error, sqlalchemy.exc.TimeoutError):
         return True
+    if isinstance(error, sqlalchemy.exc.PendingRollbackError):
+        # The connection was lost earlier in this transaction, and somebody went on; else, it is a mistake.
+        return error.code == RECONNECT_REFUSED
     if isinstance(error, sqlalchemy.exc.DBAPIError):
         if error.connection_invalidated:
             return True

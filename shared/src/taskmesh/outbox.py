@@ -84,8 +84,12 @@ class OutboxMessage:
     task_id: UUID | None = None
 
 
+ROWS_IN_STATEMENT = 1000
+"""PostgreSQL takes 65,535 parameters in one statement, and a row has nine."""
+
+
 def insert_messages(messages: Sequence[OutboxMessage]) -> Insert:
-    """One INSERT for any number of messages; the caller executes it in its transaction."""
+    """One INSERT for some thousands of messages at most; the caller executes it in its transaction."""
     return insert(outbox).values(
         [
             {
@@ -106,5 +110,5 @@ def insert_messages(messages: Sequence[OutboxMessage]) -> Insert:
 
 def put(session: Session, messages: Sequence[OutboxMessage]) -> None:
     """Add messages to the caller's transaction."""
-    if messages:
-        session.execute(insert_messages(messages))
+    for start in range(0, len(messages), ROWS_IN_STATEMENT):
+        session.execute(insert_messages(messages[start : start + ROWS_IN_STATEMENT]))

@@ -33,6 +33,7 @@ from taskmesh.contracts.manifest import Manifest
 from taskmesh.database import is_unavailable
 from taskmesh.errors import BrokerUnavailable, TransientError
 from taskmesh.health import Health
+from taskmesh.inbox import InboxState, inbox
 from taskmesh.outbox import NOTIFY_CHANNEL, insert_messages, outbox
 from taskmesh.publishing import Outcome, OutgoingMessage, Publisher, Report
 
@@ -88,7 +89,7 @@ class RelayHooks(Protocol):
 
 
 class ServiceHooks:
-    """Tells the ledger of a worker service's delayed tasks: `queued` when they leave, `expired` when they may not.
+    """Tells the ledger, and the inbox, of a worker service's delayed tasks: `queued` when they leave, or `expired`.
 
     A task that was due at once was reported when it was written; an event is no task until a listener takes it.
     """
@@ -101,6 +102,14 @@ class ServiceHooks:
 
     async def expired(self, connection: AsyncConnection, rows: Sequence[OutboxRow]) -> None:
         await self._report(connection, rows, TaskState.EXPIRED)
+        # A retry of our own was the task's last hope.
+        own = [row.task_id for row in rows if row.exchange == exchanges.DIRECT]
+        if own:
+            await connection.execute(
+                update(inbox)
+                .where(inbox.c.task_id.in_(own), inbox.c.state == InboxState.WAITING.value)
+                .values(state=InboxState.EXPIRED.value, updated_at=func.now())
+            )
 
     async def _report(self, connection: AsyncConnection, rows: Sequence[OutboxRow], state: TaskState) -> None:
         events = [event for row in rows if (event := self._event(row, state)) is not None]
