@@ -139,6 +139,24 @@ def test_a_schema_that_needs_anything_outside_itself_is_refused(schema):
         PayloadValidator(schema)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "text", "fits"),
+    [
+        ("^[A-Z]{3}$", "EUR", True),
+        ("^[A-Z]{3}$", "EUR\n", False),
+        (r"^\$$", "$", True),
+        ("^[$]$", "$\n", False),
+        ("^[^]$]+$", "EUR", True),
+        ("^(a$|b)", "a\n", False),
+    ],
+)
+def test_a_text_with_a_last_newline_fits_a_pattern_only_if_the_worker_takes_it(pattern, text, fits):
+    """Else it would be accepted here and dead-lettered there."""
+    validator = PayloadValidator({"properties": {"text": {"type": "string", "pattern": pattern}}})
+
+    assert (validator.errors({"text": text}) == []) is fits
+
+
 def test_an_invoice_is_held_against_the_schema_that_billing_announces():
     """The faults of the demo's three bad invoices are named by their fields."""
     validator = PayloadValidator(IssueInvoice.model_json_schema())

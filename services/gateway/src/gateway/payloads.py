@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from itertools import islice
 from typing import Any, Final
 
@@ -23,7 +25,21 @@ MAX_NAME: Final = 100
 _TYPES = Draft202012Validator.TYPE_CHECKER.redefine(
     "integer", lambda _, value: isinstance(value, int) and not isinstance(value, bool)
 )
-_Validator = extend(Draft202012Validator, type_checker=_TYPES)
+# `$` is the end of the text; to Python's `re` also what comes before a last newline, which no worker accepts.
+_DOLLAR = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|(?P<dollar>\$)", re.DOTALL)
+
+
+@lru_cache(maxsize=1000)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(_DOLLAR.sub(lambda found: r"\Z" if found["dollar"] else found[0], pattern))
+
+
+def _check_pattern(validator: Any, pattern: str, value: Any, _: object) -> Iterator[ValidationError]:
+    if validator.is_type(value, "string") and not _compiled(pattern).search(value):
+        yield ValidationError("does not match")
+
+
+_Validator = extend(Draft202012Validator, validators={"pattern": _check_pattern}, type_checker=_TYPES)
 _FORMATS = FormatChecker()
 
 
