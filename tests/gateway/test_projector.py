@@ -16,9 +16,10 @@ import pytest_asyncio
 from sqlalchemy import select
 
 from gateway import dead_letters, idempotency, ledger
+from gateway import projector as gateway_projector
 from gateway.models import dead_letters as letters_table
 from gateway.models import idempotency_keys, manifests, tasks
-from gateway.projector import QUEUES, Projector
+from gateway.projector import QUEUES, Projector, keep_house
 from taskmesh import celery_protocol, lifecycle
 from taskmesh.celery_protocol import TaskMessage
 from taskmesh.consuming import BatchConsumer, Delivery
@@ -120,7 +121,12 @@ async def test_one_batch_holds_lifecycle_events_manifests_and_dead_letters(proje
     assert len(await rows(gateway_engine, letters_table)) == 1
 
 
-@pytest.mark.parametrize("body", [b"{", b"[{}]", b'{"service": "x"}', b"\xff"])
+NO_OFFSET = f"""[{{"task_id": "{UUID(int=1)}", "type": "{TYPE}", "state": "running", "service": "greeter",
+    "at": "2026-06-01T12:00:00"}}]""".encode()
+"""A time without an offset cannot be compared with others: one such report would hold up all that come with it."""
+
+
+@pytest.mark.parametrize("body", [b"{", b"[{}]", b'{"service": "x"}', b"\xff", NO_OFFSET])
 @pytest.mark.parametrize("key", ["task.running.greeter", "manifest.greeter"])
 async def test_a_message_that_cannot_be_read_is_kept_and_the_others_of_its_batch_are_applied(
     projector, gateway_engine, body, key
@@ -246,10 +252,29 @@ async def test_old_idempotency_keys_are_forgotten_and_young_ones_kept(gateway_en
             idempotency_keys.update().where(old).values(created_at=datetime.now(UTC) - timedelta(hours=49))
         )
 
-        forgotten = await idempotency.forget(connection, timedelta(hours=48))
+        forgotten = await idempotency.forget(connection, timedelta(hours=48), limit=10)
 
     assert forgotten == 1
     assert [row.key for row in await rows(gateway_engine, idempotency_keys)] == ["young"]
+
+
+async def test_a_long_backlog_of_old_idempotency_keys_is_forgotten_in_pieces(gateway_engine, monkeypatch, eventually):
+    """One statement for all of them would run into the statement's time limit, again and again."""
+    monkeypatch.setattr(gateway_projector, "FORGOTTEN_AT_ONCE", 3)
+    async with gateway_engine.begin() as connection:
+        for name in range(8):
+            await idempotency.claim(connection, uuid4(), str(name), request_sha256=b"", response=b"")
+        await connection.execute(idempotency_keys.update().values(created_at=datetime.now(UTC) - timedelta(hours=49)))
+    stop = asyncio.Event()
+
+    house = asyncio.create_task(keep_house(gateway_engine, stop, forget_keys_after=timedelta(hours=48)))
+
+    async def nothing_is_left() -> bool:
+        return not await rows(gateway_engine, idempotency_keys)
+
+    await eventually(nothing_is_left)
+    stop.set()
+    await house
 
 
 @asynccontextmanager

@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from datetime import timedelta
-from typing import Any
 from uuid import UUID
 
-from sqlalchemy import delete, func, select
+from pydantic import BaseModel
+from sqlalchemy import delete, func, select, tuple_
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -27,9 +27,10 @@ class IdempotencyConflict(ConflictError):
     code = "idempotency_conflict"
 
 
-def fingerprint(operation: str, request: Any) -> bytes:
+def fingerprint(request: BaseModel) -> bytes:
     """SHA-256 of a request in canonical JSON: the order of keys and white space do not matter, all else does."""
-    canonical = json.dumps([operation, request], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    content = [type(request).__name__, request.model_dump(mode="json", exclude_unset=True)]
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).digest()
 
 
@@ -51,20 +52,36 @@ async def claim(
         .returning(idempotency_keys.c.key)
     )
     while (await connection.execute(statement)).one_or_none() is None:
-        taken = select(idempotency_keys.c.request_sha256, idempotency_keys.c.response).where(
-            idempotency_keys.c.api_key_id == api_key_id, idempotency_keys.c.key == key
-        )
-        first = (await connection.execute(taken)).one_or_none()
-        if first is None:
-            # It was forgotten between the two statements; it is free again.
-            continue
-        if first.request_sha256 != request_sha256:
-            raise IdempotencyConflict("this idempotency key was used for a request with another content")
-        return bytes(first.response)
+        first = await recall(connection, api_key_id, key, request_sha256=request_sha256)
+        if first is not None:
+            return first
+        # It was forgotten between the two statements; it is free again.
     return None
 
 
-async def forget(connection: AsyncConnection, older_than: timedelta) -> int:
-    """Drop the keys that nobody repeats any more."""
-    statement = delete(idempotency_keys).where(idempotency_keys.c.created_at < func.now() - older_than)
-    return (await connection.execute(statement)).rowcount
+async def recall(connection: AsyncConnection, api_key_id: UUID, key: str, *, request_sha256: bytes) -> bytes | None:
+    """The first answer to this request; None if the key is free.
+
+    Raises:
+        IdempotencyConflict: The key is taken by a request that reads otherwise.
+    """
+    statement = select(idempotency_keys.c.request_sha256, idempotency_keys.c.response).where(
+        idempotency_keys.c.api_key_id == api_key_id, idempotency_keys.c.key == key
+    )
+    first = (await connection.execute(statement)).one_or_none()
+    if first is None:
+        return None
+    if first.request_sha256 != request_sha256:
+        raise IdempotencyConflict("this idempotency key was used for a request with another content")
+    return bytes(first.response)
+
+
+async def forget(connection: AsyncConnection, older_than: timedelta, *, limit: int) -> int:
+    """Drop at most `limit` of the keys that nobody repeats any more; return how many."""
+    key = tuple_(idempotency_keys.c.api_key_id, idempotency_keys.c.key)
+    old = (
+        select(idempotency_keys.c.api_key_id, idempotency_keys.c.key)
+        .where(idempotency_keys.c.created_at < func.now() - older_than)
+        .limit(limit)
+    )
+    return (await connection.execute(delete(idempotency_keys).where(key.in_(old)))).rowcount

@@ -208,7 +208,7 @@ async def get_task(connection: AsyncConnection, task_id: UUID) -> Row[Any]:
     """
     row = (await connection.execute(select(tasks).where(tasks.c.id == task_id))).one_or_none()
     if row is None:
-        raise NotFound("there is no task with this id")
+        raise NotFound(f"there is no task {task_id}")
     return row
 
 

@@ -18,6 +18,8 @@ from referencing.jsonschema import DRAFT202012
 
 from gateway.problems import MAX_ERRORS, FieldError, pointer
 
+MAX_BITS: Final = 1024
+"""Integers beyond a double's range overflow the arithmetic of validators, ours and those of whoever reads them next."""
 MAX_NAME: Final = 100
 """Longer names of fields are cut where an answer repeats them."""
 
@@ -103,6 +105,8 @@ def _unstorable(value: object, path: tuple[str | int, ...]) -> Iterator[FieldErr
         case str() if "\x00" in value:
             yield FieldError(pointer=pointer(path), detail="must not contain the character U+0000")
         case float() if not math.isfinite(value):
+            yield FieldError(pointer=pointer(path), detail="is too large a number")
+        case int() if value.bit_length() > MAX_BITS:
             yield FieldError(pointer=pointer(path), detail="is too large a number")
         case dict():
             for name, item in value.items():

@@ -36,6 +36,8 @@ MANIFEST_KEY: Final = "manifest."
 MAX_LINKS: Final = 128
 """What OpenTelemetry's SDK keeps of a span's links."""
 HOUSEKEEPING_SECONDS: Final = 600.0
+FORGOTTEN_AT_ONCE: Final = 10_000
+"""Keys deleted in one transaction: a long backlog must not run into the statement's time limit and stay for good."""
 
 
 @dataclass(slots=True)
@@ -146,12 +148,14 @@ async def keep_house(engine: AsyncEngine, stop: asyncio.Event, *, forget_keys_af
     while not stop.is_set():
         try:
             async with transaction(engine) as connection:
-                forgotten = await idempotency.forget(connection, forget_keys_after)
+                forgotten = await idempotency.forget(connection, forget_keys_after, limit=FORGOTTEN_AT_ONCE)
         except DatabaseUnavailable:
             logger.warning("housekeeping put off")
         else:
             if forgotten:
                 logger.info("idempotency keys forgotten", extra={"count": forgotten})
+            if forgotten == FORGOTTEN_AT_ONCE:
+                continue
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), HOUSEKEEPING_SECONDS)
 

@@ -234,7 +234,7 @@ async def get(connection: AsyncConnection, schedule_id: UUID, *, lock: bool = Fa
     statement = select(models.schedules).where(models.schedules.c.id == schedule_id)
     row = (await connection.execute(statement.with_for_update() if lock else statement)).one_or_none()
     if row is None:
-        raise NotFound("there is no schedule with this id")
+        raise NotFound(f"there is no schedule {schedule_id}")
     return from_row(row)
 
 

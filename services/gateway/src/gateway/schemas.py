@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Final, Protocol, Self
 from uuid import UUID
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 from sqlalchemy import Row
 
 from gateway.ledger import Position
 from taskmesh.contracts.lifecycle import TaskState
 
 MAX_DELAY = timedelta(days=366)
+
+
+_RFC_3339: Final = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+
+
+def _as_written(moment: object) -> object:
+    # Pydantic would also take a number for seconds, or for milliseconds, since 1970.
+    if isinstance(moment, datetime) or (isinstance(moment, str) and _RFC_3339.fullmatch(moment)):
+        return moment
+    raise ValueError("must be an RFC 3339 time with an offset, such as 2026-11-22T12:00:00Z")
 
 
 def _in_utc(moment: datetime) -> datetime:
@@ -26,7 +46,7 @@ def _in_utc(moment: datetime) -> datetime:
         raise ValueError("is out of range") from error
 
 
-Utc = Annotated[AwareDatetime, AfterValidator(_in_utc)]
+Utc = Annotated[AwareDatetime, BeforeValidator(_as_written), AfterValidator(_in_utc)]
 """A time with an offset, kept and shown in UTC."""
 
 Tag = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -36,16 +56,16 @@ TypeName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 class TaskSubmission(BaseModel):
     """A task that a caller asks for."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     type: TypeName
     """A task type that some worker has announced; see `GET /v1/types`."""
     payload: dict[str, Any]
     """What the type's JSON Schema asks for."""
     run_at: Utc | None = None
-    """Not started before; at most a year ahead."""
+    """Not started before."""
     delay_seconds: Annotated[float, Field(ge=0, le=MAX_DELAY.total_seconds(), allow_inf_nan=False)] | None = None
-    """The same, counted from now."""
+    """The same, counted from now; at most 366 days. Not both."""
     expires_at: Utc | None = None
     """Not started after: it becomes `expired` instead."""
     priority: Annotated[int, Field(ge=0, le=9)] | None = None
@@ -83,7 +103,7 @@ class FailureView(BaseModel):
 class TaskView(BaseModel):
     """A task as callers see it. Times are RFC 3339 in UTC."""
 
-    model_config = ConfigDict(from_attributes=True)
+    model_config = ConfigDict(from_attributes=True, use_attribute_docstrings=True)
 
     id: UUID
     type: str
@@ -120,6 +140,8 @@ class TaskView(BaseModel):
 class TaskPage(BaseModel):
     """One page of tasks, newest first."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     items: list[TaskView]
     next_cursor: str | None = None
     """For the next page; null on the last."""
@@ -150,8 +172,18 @@ class TypeList(BaseModel):
     items: list[TypeView]
 
 
-def encode_cursor(last: Row[Any]) -> str:
-    """The cursor that leads to what follows the last task of a page."""
+class Placed(Protocol):
+    """What has a place in a list."""
+
+    @property
+    def created_at(self) -> datetime: ...
+
+    @property
+    def id(self) -> UUID: ...
+
+
+def encode_cursor(last: Placed | Row[Any]) -> str:
+    """The cursor that leads to what follows the last item of a page."""
     text = json.dumps([last.created_at.astimezone(UTC).isoformat(), str(last.id)], separators=(",", ":"))
     return base64.urlsafe_b64encode(text.encode()).rstrip(b"=").decode()
 
@@ -163,10 +195,9 @@ def decode_cursor(cursor: str) -> Position:
         ValueError: It is none of ours.
     """
     padded = cursor + "=" * (-len(cursor) % 4)
-    content = json.loads(base64.urlsafe_b64decode(padded))
-    if not isinstance(content, list) or len(content) != 2:
-        raise ValueError("not a cursor")
-    created_at = datetime.fromisoformat(content[0])
-    if created_at.tzinfo is None:
-        raise ValueError("not a cursor")
-    return Position(created_at, UUID(content[1]))
+    match json.loads(base64.urlsafe_b64decode(padded)):
+        case [str(moment), str(identity)]:
+            created_at = datetime.fromisoformat(moment)
+            if created_at.tzinfo is not None:
+                return Position(created_at, UUID(identity))
+    raise ValueError("not a cursor")

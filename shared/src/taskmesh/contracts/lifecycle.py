@@ -5,12 +5,11 @@ Read by gateways of other releases than the writer's, so unknown fields are igno
 
 from __future__ import annotations
 
-from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any
 from uuid import UUID
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import AwareDatetime, ConfigDict, Field, TypeAdapter
 
 from taskmesh.contracts._base import Part
 
@@ -65,7 +64,7 @@ class LifecycleEvent(Part):
     task_id: UUID
     type: str
     state: TaskState
-    at: datetime
+    at: AwareDatetime
     service: str
     kind: TaskKind = TaskKind.COMMAND
     sequence: int = 0
@@ -77,9 +76,9 @@ class LifecycleEvent(Part):
     event_id: UUID | None = None
     """The event that a listener's task handles."""
     traceparent: str | None = None
-    due_at: datetime | None = None
-    expires_at: datetime | None = None
-    started_at: datetime | None = None
+    due_at: AwareDatetime | None = None
+    expires_at: AwareDatetime | None = None
+    started_at: AwareDatetime | None = None
     worker: str | None = None
     """`host:pid` of the process that ran the attempt."""
     result: Any = None

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, StringConstraints
+from pydantic import AwareDatetime, ConfigDict, Field, StringConstraints
 
 from taskmesh.contracts._base import Part
 from taskmesh.contracts.lifecycle import TaskKind
@@ -51,4 +50,4 @@ class Manifest(Part):
     release: str
     types: tuple[TypeManifest, ...]
     schedules: tuple[ScheduleManifest, ...] = ()
-    announced_at: datetime
+    announced_at: AwareDatetime

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Annotated, Any, Final, cast
+from typing import Annotated, Any, Final
 from uuid import UUID
 
 from fastapi import APIRouter, Body, Path, Query, Response
@@ -13,12 +13,12 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from gateway import idempotency, schedules
-from gateway.auth import ScheduleReader, ScheduleWriter
+from gateway.auth import Client, ScheduleReader, ScheduleWriter
 from gateway.bodies import JsonRoute
 from gateway.dependencies import Gateway, GatewayParts
 from gateway.ledger import Position
 from gateway.problems import FieldError, Problem, declare
-from gateway.routes.tasks import IdempotencyKey, check_payload
+from gateway.routes.tasks import IdempotencyKey, check_payload, recall
 from gateway.schedules import Definition, Fire, Misfire, Outcome, Overlap, Reason, Schedule
 from gateway.schemas import Tag, TypeName, Utc, decode_cursor, encode_cursor
 from gateway.timetable import InvalidTimetable
@@ -227,26 +227,31 @@ async def create_schedule(
     wanted: ScheduleDefinition, client: ScheduleWriter, gateway: GatewayParts, idempotency_key: IdempotencyKey = None
 ) -> Response:
     """Make a schedule. Its payload is held against the type's contract as a task's is."""
-    await check_payload(gateway, wanted.type, wanted.payload)
+    try:
+        await check_payload(gateway, wanted.type, wanted.payload)
+        answer, replayed = await _make(gateway, client, wanted, idempotency_key)
+    except Problem as refusal:
+        answer, replayed = await recall(gateway, client, idempotency_key, wanted, refusal), True
+    headers = {"Location": f"/v1/schedules/{ScheduleView.model_validate_json(answer).id}"}
+    if replayed:
+        headers["Idempotent-Replayed"] = "true"
+    return Response(answer, 201, headers=headers, media_type="application/json")
+
+
+async def _make(gateway: Gateway, client: Client, wanted: ScheduleDefinition, key: str | None) -> tuple[bytes, bool]:
+    """Commit a schedule and return its view; or the first answer to the same request, and True."""
     async with transaction(gateway.engine) as connection:
         now = await schedules.clock(connection)
         with _explained():
             schedule = schedules.draft(wanted.definition(), now=now, api_key_id=client.id)
         body = ScheduleView.of(schedule).model_dump_json().encode()
-        first = None
-        if idempotency_key is not None:
-            request = wanted.model_dump(mode="json", exclude_unset=True)
-            fingerprint = idempotency.fingerprint("ScheduleDefinition", request)
-            first = await idempotency.claim(
-                connection, client.id, idempotency_key, request_sha256=fingerprint, response=body
-            )
-        if first is None:
-            await schedules.store(connection, schedule)
-    answer = body if first is None else first
-    headers = {"Location": f"/v1/schedules/{ScheduleView.model_validate_json(answer).id}"}
-    if first is not None:
-        headers["Idempotent-Replayed"] = "true"
-    return Response(answer, 201, headers=headers, media_type="application/json")
+        if key is not None:
+            fingerprint = idempotency.fingerprint(wanted)
+            first = await idempotency.claim(connection, client.id, key, request_sha256=fingerprint, response=body)
+            if first is not None:
+                return first, True
+        await schedules.store(connection, schedule)
+    return body, False
 
 
 @router.get("", responses=declare("invalid_request"))
@@ -266,7 +271,7 @@ async def list_schedules(
             paused=query.paused,
         )
     shown = found[: query.limit]
-    cursor = _cursor(Position(shown[-1].created_at, shown[-1].id)) if len(found) > query.limit else None
+    cursor = encode_cursor(shown[-1]) if len(found) > query.limit else None
     return SchedulePage(items=[ScheduleView.of(schedule) for schedule in shown], next_cursor=cursor)
 
 
@@ -289,7 +294,7 @@ async def list_fires(
             connection, schedule_id, limit=query.limit + 1, before=None if before is None else before.created_at
         )
     shown = found[: query.limit]
-    cursor = _cursor(Position(shown[-1].fire_at, schedule_id)) if len(found) > query.limit else None
+    cursor = encode_cursor(Position(shown[-1].fire_at, schedule_id)) if len(found) > query.limit else None
     return FirePage(items=[FireView.model_validate(fire) for fire in shown], next_cursor=cursor)
 
 
@@ -390,8 +395,3 @@ def _explained() -> Iterator[None]:
     except InvalidTimetable as error:
         fault = FieldError(pointer=f"/{error.field}", detail=str(error))
         raise Problem("invalid_request", "the schedule's times are wrong", errors=[fault]) from error
-
-
-def _cursor(last: Position) -> str:
-    # Made for rows of the ledger; a position has what it reads of them.
-    return encode_cursor(cast("Any", last))

@@ -114,16 +114,15 @@ async def submit_task(
     prefer: Prefer = None,
 ) -> Response:
     """Accept a task. 202 means that it is committed: it will reach exactly one terminal state, whatever crashes."""
-    known = await check_payload(gateway, submission.type, submission.payload)
-    task = _new_task(submission, known, client)
-    accepted = await _accept(
-        gateway,
-        client,
-        [task],
-        key=idempotency_key,
-        request=submission,
-        body=TaskView.of(task.row()).model_dump_json().encode(),
-    )
+    try:
+        known = await check_payload(gateway, submission.type, submission.payload)
+    except Problem as refusal:
+        first = await recall(gateway, client, idempotency_key, submission, refusal)
+        accepted = _Accepted(body=first, replayed=True)
+    else:
+        task = _new_task(submission, known, client)
+        body = TaskView.of(task.row()).model_dump_json().encode()
+        accepted = await _accept(gateway, client, [task], key=idempotency_key, request=submission, body=body)
     return await _answer_submission(gateway, accepted, prefer)
 
 
@@ -147,13 +146,18 @@ async def submit_batch(
     snapshot = await gateway.catalogue.current()
     if any(submission.type not in snapshot.commands for submission in batch.tasks):
         snapshot = await gateway.catalogue.current(max_age_seconds=0)
-    if len(batch.tasks) > MANY:
-        await asyncio.to_thread(_check_batch, batch.tasks, snapshot)
+    try:
+        if len(batch.tasks) > MANY:
+            await asyncio.to_thread(_check_batch, batch.tasks, snapshot)
+        else:
+            _check_batch(batch.tasks, snapshot)
+    except Problem as refusal:
+        first = await recall(gateway, client, idempotency_key, batch, refusal)
+        accepted = _Accepted(body=first, replayed=True)
     else:
-        _check_batch(batch.tasks, snapshot)
-    new = [_new_task(submission, snapshot.commands[submission.type], client) for submission in batch.tasks]
-    body = TaskBatch(items=[TaskView.of(task.row()) for task in new]).model_dump_json().encode()
-    accepted = await _accept(gateway, client, new, key=idempotency_key, request=batch, body=body)
+        new = [_new_task(submission, snapshot.commands[submission.type], client) for submission in batch.tasks]
+        body = TaskBatch(items=[TaskView.of(task.row()) for task in new]).model_dump_json().encode()
+        accepted = await _accept(gateway, client, new, key=idempotency_key, request=batch, body=body)
     return Response(accepted.body, 202, headers=_replayed(accepted), media_type="application/json")
 
 
@@ -325,9 +329,7 @@ async def _accept(
     """Commit tasks, or find the answer that the same request got before."""
     async with transaction(gateway.engine) as connection:
         if key is not None:
-            fingerprint = idempotency.fingerprint(
-                type(request).__name__, request.model_dump(mode="json", exclude_unset=True)
-            )
+            fingerprint = idempotency.fingerprint(request)
             first = await idempotency.claim(connection, client.id, key, request_sha256=fingerprint, response=body)
             if first is not None:
                 return _Accepted(body=first, replayed=True)
@@ -339,6 +341,23 @@ async def _accept(
     for task in new:
         logger.info("task accepted", extra={"task_id": str(task.id), "type": task.type, "state": task.state})
     return _Accepted(body=body, replayed=False)
+
+
+async def recall(gateway: Gateway, client: Client, key: str | None, request: BaseModel, refusal: Problem) -> bytes:
+    """The first answer to a request that is refused by now: what was accepted once stays accepted.
+
+    Its type may have changed or gone by the time that a caller repeats it.
+
+    Raises:
+        Problem: The refusal, if the request is new.
+    """
+    if key is not None:
+        async with transaction(gateway.engine) as connection:
+            sha256 = idempotency.fingerprint(request)
+            first = await idempotency.recall(connection, client.id, key, request_sha256=sha256)
+        if first is not None:
+            return first
+    raise refusal
 
 
 async def _answer_submission(gateway: Gateway, accepted: _Accepted, prefer: str | None) -> Response:
