@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 import gateway
 from gateway import auth, catalogue
-from gateway.api import create_app
+from gateway.api import create_app, http_config
 from gateway.scopes import Scope
 from gateway.settings import ApiSettings
 from gateway.transactions import open_engine
@@ -141,8 +141,9 @@ class Api:
 async def running(engine: AsyncEngine, url: str, **settings: Any) -> AsyncIterator[Api]:
     """Serve the gateway on a free port, with a key that may do everything."""
     options = {"http_host": "127.0.0.1", "http_port": 0, "amqp_url": "amqp://nobody:x@127.0.0.1:1/"} | settings
-    app = create_app(ApiSettings(database_url=SecretStr(url), **options))
-    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    api_settings = ApiSettings(database_url=SecretStr(url), http_drain_seconds=5, **options)
+    app = create_app(api_settings)
+    config = http_config(app, api_settings)
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment] - pytest keeps its own
     listener_socket = config.bind_socket()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -210,6 +211,7 @@ async def test_every_route_declares_its_problems(api):
         for method, operation in operations.items():
             if path.startswith("/v1/"):
                 assert {"401", "403", "500", "503"} <= operation["responses"].keys(), (method, path)
+                assert ("400" in operation["responses"]) is ("requestBody" in operation), (method, path)
                 for status, response in operation["responses"].items():
                     if status >= "400":
                         assert set(response["content"]) == {"application/problem+json"}, (method, path, status)
@@ -219,7 +221,19 @@ async def test_the_documentation_page_is_there(api):
     response = await api.http.get("/docs")
 
     assert response.status_code == 200
-    assert "/openapi.json" in response.text
+    parts = re.findall(r'(?:src|href)="([^"]+)"', response.text)
+    assert [part for part in parts if not part.startswith("/docs/")] == ["data:,"], "nothing comes from elsewhere"
+    for part in parts[1:]:
+        assert (await api.http.get(part)).status_code == 200, part
+    assert "/openapi.json" in (await api.http.get("/docs/start.js")).text
+    assert "'unsafe" not in response.headers["content-security-policy"]
+
+
+async def test_the_openapi_documents_components_have_names_that_tools_accept(api):
+    document = (await api.http.get("/openapi.json")).json()
+
+    names = [name for kind in document["components"].values() for name in kind]
+    assert [name for name in names if not re.fullmatch(r"[A-Za-z0-9._-]+", name)] == []
 
 
 def _references(node: Any) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from datetime import UTC, datetime
 
 import httpx
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from gateway import ledger
 from gateway.problems import KINDS
 from gateway.scopes import Scope
+from taskmesh.contracts.lifecycle import TaskKind
+from taskmesh.contracts.manifest import Manifest, TypeManifest
 
 REQUEST = {"type": "greeter.person.greet", "payload": {"name": "Ada"}}
 SECRET = "hunter2-is-private"
@@ -147,12 +150,64 @@ async def test_no_resource_and_no_such_method(api):
     check(await api.http.get("/v1/nothing"), 404, "not_found")
     check(await api.http.get("/problems/none"), 404, "not_found")
     check(await api.http.get("/v1/types/no.such.type"), 404, "unknown_type")
-    assert "POST" in check_allow(await api.http.delete("/v1/tasks"))
 
 
-def check_allow(response: httpx.Response) -> str:
-    check(response, 405, "method_not_allowed")
-    return response.headers["allow"]
+async def test_an_id_that_nobody_has_is_named(api):
+    for path in (f"/v1/tasks/{NOBODY}", f"/v1/tasks/{NOBODY}/events", f"/v1/schedules/{NOBODY}"):
+        assert NOBODY in check(await api.http.get(path), 404, "not_found")["detail"]
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/v1/tasks", "GET, POST"),
+        ("/v1/tasks:batchCreate", "POST"),
+        (f"/v1/schedules/{NOBODY}", "DELETE, GET, PATCH"),
+        ("/livez", "GET"),
+    ],
+)
+async def test_every_method_that_an_address_knows_is_allowed_and_not_only_the_first(api, path, methods):
+    response = await api.http.put(path)
+
+    assert methods in check(response, 405, "method_not_allowed")["detail"]
+    assert response.headers["allow"] == methods
+
+
+async def test_a_slash_too_many_is_a_problem_and_no_redirect_to_wherever_the_host_header_says(api):
+    """A caller behind TLS would be sent, with its key, to an address that begins with http."""
+    check(await api.http.get("/v1/tasks/", headers={"Host": "evil.example"}), 404, "not_found")
+
+
+async def test_a_problem_about_an_odd_address_names_it_as_a_uri(api):
+    response = await api.http.get("/v1/types/a%20b%3Fc")
+
+    assert response.json()["instance"] == "/v1/types/a%20b%3Fc"
+
+
+async def test_no_answer_is_stored_on_the_way_or_read_as_what_it_is_not(api):
+    for response in (await api.http.get("/v1/tasks"), await api.http.get("/v1/nothing"), await api.http.get("/livez")):
+        assert response.headers["cache-control"] == "no-store"
+        assert response.headers["x-content-type-options"] == "nosniff"
+
+
+async def test_an_integer_that_overflows_the_validators_arithmetic_is_pointed_at(api):
+    schema = {"properties": {"price": {"type": "number", "multipleOf": 0.01}}}
+    priced = TypeManifest(type="shop.goods.price", kind=TaskKind.COMMAND, queue="shop", payload_schema=schema)
+    await api.announce(Manifest(service="shop", release="1", types=(priced,), announced_at=datetime.now(UTC)))
+    body = b'{"type": "shop.goods.price", "payload": {"price": 1%s}}' % (b"0" * 400)
+
+    response = await api.http.post("/v1/tasks", content=body, headers={"Content-Type": "application/json"})
+
+    assert check(response, 422, "contract_violation")["errors"][0]["pointer"] == "/payload/price"
+
+
+@pytest.mark.parametrize("moment", [1_700_000_000, "1700000000", "2999-01-01", "2999-01-01T00:00:00", SECRET])
+async def test_a_time_that_is_not_rfc_3339_is_refused_and_not_guessed_at(api, moment):
+    response = await api.http.post("/v1/tasks", json=REQUEST | {"run_at": moment})
+
+    [error] = check(response, 422, "invalid_request")["errors"]
+    assert error["pointer"] == "/run_at"
+    assert "RFC 3339" in error["detail"]
 
 
 async def test_an_id_that_is_no_uuid_is_pointed_at(api):

@@ -16,7 +16,8 @@ from gateway import ledger
 from gateway.models import task_events, tasks
 from gateway.scopes import Scope
 from taskmesh import celery_protocol
-from taskmesh.contracts.lifecycle import LifecycleEvent, TaskFailure, TaskState
+from taskmesh.contracts.lifecycle import LifecycleEvent, TaskFailure, TaskKind, TaskState
+from taskmesh.contracts.manifest import Manifest, TypeManifest
 from taskmesh.outbox import outbox
 
 TYPE = "greeter.person.greet"
@@ -84,6 +85,15 @@ async def test_the_callers_trace_goes_into_the_task_and_its_message(api):
         headers = (await connection.execute(select(outbox.c.headers))).scalar_one()
     assert response.json()["trace_id"] == response.headers["taskmesh-trace-id"] == trace_id
     assert headers["traceparent"].split("-")[1] == trace_id
+
+
+async def test_requests_of_one_connection_have_traces_of_their_own(api):
+    """A body that comes in pieces resumes the connection from within its request, and must not leave its trace there."""
+    large = REQUEST | {"payload": {"name": "x" * 100_000}}
+
+    answers = [await api.http.post("/v1/tasks", json=body) for body in (large, REQUEST, REQUEST, large, REQUEST)]
+
+    assert len({answer.headers["taskmesh-trace-id"] for answer in answers}) == len(answers)
 
 
 async def test_a_task_without_a_callers_trace_gets_one(api):
@@ -186,6 +196,37 @@ class TestIdempotency:
         good = await api.http.post("/v1/tasks", json=REQUEST, headers=headers)
 
         assert (bad.status_code, good.status_code) == (422, 202)
+
+    async def test_what_was_accepted_once_is_answered_again_though_its_type_has_changed_since(self, api):
+        """A worker's release between a request and its repetition must not turn a 202 into a refusal."""
+        before = {}
+        for path, body in (("/v1/tasks", REQUEST), ("/v1/tasks:batchCreate", {"tasks": [REQUEST] * 30})):
+            before[path] = await api.http.post(path, json=body, headers={"Idempotency-Key": path})
+        stricter = TypeManifest(
+            type=TYPE, kind=TaskKind.COMMAND, queue="greeter", payload_schema={"required": ["title"]}
+        )
+        await api.announce(Manifest(service="greeter", release="2", types=(stricter,), announced_at=datetime.now(UTC)))
+        api.app.state.gateway.catalogue._read_at = float("-inf")
+
+        for path, body in (("/v1/tasks", REQUEST), ("/v1/tasks:batchCreate", {"tasks": [REQUEST] * 30})):
+            again = await api.http.post(path, json=body, headers={"Idempotency-Key": path})
+            new = await api.http.post(path, json=body, headers={"Idempotency-Key": "another"})
+
+            assert (again.status_code, again.content) == (202, before[path].content)
+            assert again.headers["idempotent-replayed"] == "true"
+            assert new.status_code == 422
+
+    async def test_a_caller_who_hangs_up_before_the_answer_finds_it_under_the_key(self, api, eventually):
+        """The request is dealt with to its end: the task is accepted, and accepted once."""
+        headers = {"Idempotency-Key": "order-6"}
+        for _ in range(3):
+            with pytest.raises(httpx.ReadTimeout):
+                await api.http.post("/v1/tasks", json=REQUEST, headers=headers | {"Prefer": "wait=30"}, timeout=0.2)
+
+        again = await api.http.post("/v1/tasks", json=REQUEST, headers=headers)
+
+        assert again.headers["idempotent-replayed"] == "true"
+        assert [await count(api, table) for table in (tasks, outbox, task_events)] == [1, 1, 1]
 
     async def test_a_batch_is_repeated_as_a_whole(self, api):
         batch = {"tasks": [REQUEST, REQUEST]}
@@ -305,13 +346,16 @@ class TestLists:
         "query",
         [
             {"cursor": "nonsense"},
-            {"cursor": "bnVsbA"},
+            {"cursor": "bnVsbA"},  # null
+            {"cursor": "WzEsMl0"},  # [1,2]
+            {"cursor": "W251bGwsbnVsbF0"},  # [null,null]
             {"limit": 0},
             {"limit": 201},
             {"state": "gone"},
             {"colour": "red"},
             {"type": "a\x00"},
             {"tag": "\x00"},
+            {"created_after": "5"},
         ],
     )
     async def test_a_query_that_cannot_be_read_is_a_problem(self, api, query):

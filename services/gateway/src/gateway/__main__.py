@@ -89,7 +89,7 @@ def serve(settings: ApiSettings) -> None:
     """Serve HTTP until told to stop; then answer what waits, end streams, and finish what has begun."""
     import uvicorn
 
-    from gateway.api import create_app
+    from gateway.api import create_app, http_config
 
     logs.configure(settings.log_format, settings.log_level, SERVICE, "api")
     # It tells of its own coming and going only.
@@ -115,16 +115,7 @@ def serve(settings: ApiSettings) -> None:
             app.state.gateway.doorbell.stop()
             self.handle_exit(number, None)
 
-    config = uvicorn.Config(
-        app,
-        host=settings.http_host,
-        port=settings.http_port,
-        # Our own format is set already; requests are in the traces, and an access log would be the dearest line of all.
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=settings.http_drain_seconds,
-    )
+    config = http_config(app, settings)
     # Bound here and not by uvicorn, so that the readiness file appears when connections are taken.
     listener = config.bind_socket()
     host, port = listener.getsockname()[:2]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+import uvicorn
 from fastapi import FastAPI
 
 from gateway import problems, tracing
@@ -13,6 +14,7 @@ from gateway.auth import Authenticator
 from gateway.bodies import BodyLimit
 from gateway.catalogue import Catalogue
 from gateway.dependencies import Gateway
+from gateway.headers import SafeHeaders
 from gateway.openapi import LiveOpenApi
 from gateway.routes import documents, probes, schedules, tasks, types
 from gateway.settings import ApiSettings
@@ -55,18 +57,45 @@ def create_app(settings: ApiSettings, health: Health | None = None) -> FastAPI:
             await asyncio.gather(*companions, return_exceptions=True)
             await engine.dispose()
 
-    app = FastAPI(title="Taskmesh gateway", openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="Taskmesh gateway",
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        # A redirect has the scheme and the host that the request claims, and callers would follow it with their key.
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
     app.state.gateway = gateway
     app.state.openapi = LiveOpenApi(app, release())
-    for router in (tasks.router, types.router, schedules.router, probes.router, documents.router):
+    routers = (tasks.router, types.router, schedules.router, probes.router, documents.router)
+    for router in routers:
         app.include_router(router)
-    problems.install(app)
+    app.mount("/docs/swagger-ui", documents.SWAGGER_UI)
+    problems.install(app, [route for router in routers for route in router.routes])
     # The last one added is the first that a request meets.
     app.add_middleware(BodyLimit)
     app.add_middleware(problems.UnexpectedErrors)
     app.add_middleware(tracing.TraceHeader)
+    app.add_middleware(SafeHeaders)
     tracing.instrument(app)
     return app
+
+
+def http_config(app: FastAPI, settings: ApiSettings) -> uvicorn.Config:
+    """How the application is served."""
+    return uvicorn.Config(
+        app,
+        host=settings.http_host,
+        port=settings.http_port,
+        # Our own format is set already; requests are in the traces, and an access log would be the dearest line of all.
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        # A request whose body came in pieces would otherwise leave its trace to the next ones on the connection.
+        reset_contextvars=True,
+        timeout_graceful_shutdown=settings.http_drain_seconds,
+    )
 
 
 async def _beat(health: Health | None) -> None:

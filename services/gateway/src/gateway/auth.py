@@ -114,7 +114,7 @@ def _unauthenticated() -> Problem:
     )
 
 
-_bearer = HTTPBearer(auto_error=False, scheme_name="API key", description="`Authorization: Bearer <api key>`")
+_bearer = HTTPBearer(auto_error=False, scheme_name="ApiKey", description="`Authorization: Bearer <api key>`")
 
 
 def requires(scope: Scope) -> Callable[..., Coroutine[Any, Any, Client]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -31,14 +32,14 @@ class LiveOpenApi:
         self._version = version
         self._routes: dict[str, Any] | None = None
         self._built_for: Mapping[str, Any] | None = None
-        self._document: dict[str, Any] = {}
+        self._document = b""
 
-    def build(self, snapshot: Snapshot) -> dict[str, Any]:
-        """The document for what is announced."""
+    def build(self, snapshot: Snapshot) -> bytes:
+        """The document for what is announced, as JSON."""
         if self._routes is None:
             self._routes = self._base()
         if self._built_for != snapshot.version:
-            self._document = _with_types(self._routes, snapshot)
+            self._document = json.dumps(_with_types(self._routes, snapshot), ensure_ascii=False).encode()
             self._built_for = snapshot.version
         return self._document
 
@@ -49,9 +50,11 @@ class LiveOpenApi:
         schemas.update(problem.pop("$defs", {}))
         problem["properties"]["code"]["enum"] = sorted(KINDS)
         schemas["ProblemDocument"] = problem
-        # FastAPI declares its own form of a validation error, which this application never answers with.
         for operations in document["paths"].values():
             for operation in operations.values():
+                if "requestBody" in operation:
+                    operation["responses"]["400"] = {**declare("invalid_request")[422], "description": "Not JSON"}
+                # FastAPI declares its own form of a validation error, which this application never answers with.
                 if "application/json" in operation["responses"].get("422", {}).get("content", {}):
                     operation["responses"]["422"] = declare("invalid_request")[422]
         for unused in ("HTTPValidationError", "ValidationError"):

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from taskmesh import telemetry
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 MAX_ERRORS = 20
+METHOD_NOT_ALLOWED: Final = 405
 DEFAULT_RETRY_SECONDS = 2
 
 
@@ -179,7 +182,7 @@ def respond(problem: Problem, path: str) -> JSONResponse:
         status=problem.status,
         detail=problem.detail,
         code=problem.kind.code,
-        instance=path,
+        instance=quote(path, safe="/:"),
         trace_id=telemetry.current_trace_id(),
         errors=problem.errors or None,
         nearest=problem.nearest or None,
@@ -224,34 +227,43 @@ def translate(error: TaskmeshError) -> Problem:
             return Problem("internal", "an unexpected error; the trace id finds it in the logs")
 
 
-def install(app: FastAPI) -> None:
-    """Answer every error of the application with a problem document."""
+def install(app: FastAPI, routes: Iterable[BaseRoute]) -> None:
+    """Answer every error of the application, which has these routes, with a problem document."""
+    known = [route for route in routes if isinstance(route, Route)]
 
     async def on_problem(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, Problem)
-        return respond(error, request.url.path)
+        return respond(error, request.scope["path"])
 
     async def on_mesh_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, TaskmeshError)
         problem = translate(error)
         if isinstance(error, TransientError):
-            logger.warning("request refused", extra={"code": error.code, "path": request.url.path})
-        return respond(problem, request.url.path)
+            logger.warning("request refused", extra={"code": error.code, "path": request.scope["path"]})
+        return respond(problem, request.scope["path"])
+
+    async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        if error.status_code == METHOD_NOT_ALLOWED:
+            # Starlette names the methods of the first route of an address only.
+            here = [route for route in known if route.matches(request.scope)[0] is not Match.NONE]
+            error.headers = {"Allow": ", ".join(sorted({method for route in here for method in route.methods or ()}))}
+        return _respond_to_http(request, error)
 
     app.add_exception_handler(Problem, on_problem)
     app.add_exception_handler(TaskmeshError, on_mesh_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
-    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(HTTPException, on_http_exception)
 
 
 async def _on_invalid_request(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     problems = error.errors()
     if any(problem["type"] == "json_invalid" for problem in problems):
-        return respond(Problem("invalid_request", "the body is not JSON", status=400), request.url.path)
+        return respond(Problem("invalid_request", "the body is not JSON", status=400), request.scope["path"])
     # Pydantic's messages speak of limits and types; `input` and `ctx` hold the value and are left out.
     errors = [FieldError(pointer=_location(problem["loc"]), detail=_message(problem)) for problem in problems]
-    return respond(Problem("invalid_request", "fields are missing or wrong", errors=errors), request.url.path)
+    return respond(Problem("invalid_request", "fields are missing or wrong", errors=errors), request.scope["path"])
 
 
 def _location(location: Sequence[str | int]) -> str:
@@ -267,29 +279,26 @@ def _message(problem: Mapping[str, Any]) -> str:
     return message.removeprefix("Value error, ")
 
 
-async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
+def _respond_to_http(request: Request, error: HTTPException) -> JSONResponse:
     by_status = {
         400: "invalid_request",
         404: "not_found",
-        405: "method_not_allowed",
+        METHOD_NOT_ALLOWED: "method_not_allowed",
         413: "payload_too_large",
         415: "unsupported_media_type",
     }
     code = by_status.get(error.status_code)
     if code is None:
-        logger.error("unforeseen HTTP error", extra={"status": error.status_code, "path": request.url.path})
-        return respond(Problem("internal", "an unexpected error"), request.url.path)
+        logger.error("unforeseen HTTP error", extra={"status": error.status_code, "path": request.scope["path"]})
+        return respond(Problem("internal", "an unexpected error"), request.scope["path"])
+    headers = dict(error.headers or {})
     details = {
-        "not_found": "nothing is found at this address",
-        "method_not_allowed": "this address does not know the method",
-        "payload_too_large": KINDS["payload_too_large"].advice,
+        "not_found": "nothing is found at this address; GET /openapi.json tells what there is",
+        "method_not_allowed": f"this address knows {headers.get('Allow')}",
         "invalid_request": "the request could not be read",
     }
-    problem = Problem(
-        code, details.get(code, KINDS[code].advice), status=error.status_code, headers=dict(error.headers or {})
-    )
-    return respond(problem, request.url.path)
+    problem = Problem(code, details.get(code, KINDS[code].advice), status=error.status_code, headers=headers)
+    return respond(problem, request.scope["path"])
 
 
 class UnexpectedErrors:
