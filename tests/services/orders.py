@@ -233,6 +233,16 @@ def ignores_outage(self: MeshTask) -> None:
     record(self, "done")
 
 
+def break_down(*_: Any) -> None:
+    raise RuntimeError("a hook with a mistake")
+
+
+@app.task(name="orders.api.hooked", bind=True, on_failure=break_down)
+def hooked(self: MeshTask) -> None:
+    """Fails, and so does its hook."""
+    raise PermanentError("no")
+
+
 @app.task(name="orders.steps.hang", bind=True, transaction="last", soft_time_limit=1, time_limit=20, max_retries=1)
 def hanging_step(self: MeshTask) -> None:
     """Hangs in a query of a step, in its first attempt."""

@@ -645,6 +645,40 @@ def test_an_errback_that_cannot_be_sent_does_not_keep_the_failure_from_being_tol
     assert failure_of(orders, task_id).code == "rejected"
 
 
+def test_a_hook_that_fails_costs_no_delivery(orders: Orders) -> None:
+    """The failure is committed before the hook is called, and stands."""
+    log = orders.health / "worker.log"
+    before = len(log.read_text())
+    task_id = orders.send("orders.api.hooked")
+
+    assert orders.wait(task_id) == "failed"
+    eventually(lambda: "hook failed" in log.read_text()[before:])
+    assert orders.wait(orders.send("orders.order.place", name="last")) == "succeeded"
+    assert "attempt could not be settled" not in log.read_text()[before:]
+
+
+@pytest.mark.parametrize("pool", ["threads", "solo"])
+def test_every_pool_runs_tasks_and_stops(orders: Orders, pool: str) -> None:
+    """A retry, an event and a follow-up go through the outbox there, too, and SIGTERM ends the process."""
+    orders.processes["worker"].terminate()
+    orders.processes["worker"].wait(timeout=20)
+    orders.environment["TASKMESH_WORKER_POOL"] = pool
+    try:
+        orders.start("worker")
+        modes = ["retry", "emit", "follow", "permanent", "slow"]
+        sent = [orders.send("orders.order.place", name=pool, mode=mode, times=1) for mode in modes]
+
+        assert [orders.wait(task_id) for task_id in sent] == ["succeeded"] * 3 + ["failed", "succeeded"]
+        assert [orders.notes(task_id) for task_id in sent] == [[pool], [pool], [pool], [], [pool]]
+        orders.processes["worker"].terminate()
+        assert orders.processes["worker"].wait(timeout=20) is not None
+        assert not (orders.health / "orders-worker.ready").exists()
+    finally:
+        del orders.environment["TASKMESH_WORKER_POOL"]
+        orders.processes["worker"].kill()
+        orders.start("worker")
+
+
 def test_link_error_is_sent_for_a_poison_task(orders: Orders) -> None:
     """However a task fails, its errback hears of it."""
     task_id = orders.send("orders.plain.poison", link_error=ERRBACK)

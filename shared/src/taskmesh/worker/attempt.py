@@ -13,7 +13,7 @@ import re
 import socket
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 from uuid import UUID
@@ -284,7 +284,7 @@ class Attempt:
         self._mark(span, cause or outcome)
         span.set_attribute("taskmesh.outcome", "retrying")
         logger.warning("attempt failed; task will be retried", extra={"code": failure.code, "due_at": due_at})
-        self.task.on_retry(outcome, self.request.id, self.args, self.kwargs, None)
+        self._call(self.task.on_retry, outcome)
         raise Settled
 
     def _fail(self, unit: Unit, error: BaseException, span: Span) -> NoReturn:
@@ -299,8 +299,15 @@ class Attempt:
         self._mark(span, error)
         span.set_attribute("taskmesh.outcome", "failed")
         logger.error("task failed", exc_info=error, extra={"code": failure.code, "redeliveries": self.redeliveries})
-        self.task.on_failure(error, self.request.id, self.args, self.kwargs, None)
+        self._call(self.task.on_failure, error)
         raise Settled
+
+    def _call(self, hook: Callable[..., Any], error: BaseException) -> None:
+        """Tell the task's own hook of an outcome, which stands whatever the hook does."""
+        try:
+            hook(error, self.request.id, self.args, self.kwargs, None)
+        except Exception:
+            logger.exception("hook failed", extra={"hook": hook.__name__})
 
     def _send_errbacks(self) -> None:
         """Send `link_error` with the failure, not after it: Celery would do so from a process that may be gone."""
