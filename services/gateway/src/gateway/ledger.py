@@ -13,7 +13,7 @@ from typing import Any, Final
 from uuid import UUID
 
 import pydantic_core
-from sqlalchemy import ColumnElement, Row, Select, and_, func, insert, literal, select, text, tuple_
+from sqlalchemy import ColumnElement, Row, Select, and_, func, literal, select, text, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.identifiers import uuid7
@@ -22,7 +22,7 @@ from taskmesh import celery_protocol
 from taskmesh.celery_protocol import TaskMessage
 from taskmesh.contracts.lifecycle import TERMINAL, LifecycleEvent, TaskState
 from taskmesh.errors import NotFound
-from taskmesh.outbox import OutboxMessage, outbox
+from taskmesh.outbox import OutboxMessage
 
 RANK: Final[Mapping[TaskState, int]] = {
     TaskState.SCHEDULED: 0,
@@ -148,15 +148,25 @@ def trace_id_of(traceparent: str | None) -> str | None:
 
 _SUBMIT = text(
     """
-    with new as (
+    with given as materialized (
+        select *
+        from json_to_recordset(cast(:rows as json)) as r(
+            id uuid, type text, state text, service text, version integer, payload jsonb, priority smallint,
+            tags text[], root_id uuid, schedule_id uuid, api_key_id uuid, created_at timestamptz, due_at timestamptz,
+            expires_at timestamptz, queued_at timestamptz, updated_at timestamptz, trace_id text, exchange text,
+            routing_key text, mandatory boolean, headers jsonb, properties jsonb, body text)
+    ), messages as (
+        -- At once means now() by the database's clock, which is also the relay's.
+        insert into outbox (due_at, exchange, routing_key, mandatory, headers, properties, body, task_id, expires_at)
+        select coalesce(due_at, now()), exchange, routing_key, mandatory, headers, properties,
+               convert_to(body, 'UTF8'), id, expires_at
+        from given
+    ), new as (
         insert into tasks (id, type, state, service, version, payload, priority, tags, root_id, schedule_id, api_key_id,
                            created_at, due_at, expires_at, queued_at, updated_at, trace_id)
         select id, type, state, service, version, payload, priority, tags, root_id, schedule_id, api_key_id,
                created_at, due_at, expires_at, queued_at, updated_at, trace_id
-        from json_to_recordset(cast(:rows as json)) as r(
-            id uuid, type text, state text, service text, version integer, payload jsonb, priority smallint,
-            tags text[], root_id uuid, schedule_id uuid, api_key_id uuid, created_at timestamptz, due_at timestamptz,
-            expires_at timestamptz, queued_at timestamptz, updated_at timestamptz, trace_id text)
+        from given
         returning id, root_id, state, attempt, created_at, due_at
     )
     insert into task_events (task_id, root_id, state, attempt, at, detail)
@@ -169,30 +179,20 @@ _SUBMIT = text(
 
 async def submit(connection: AsyncConnection, new: Sequence[NewTask]) -> None:
     """Write tasks, the beginning of their timelines, and their messages: all of it or, with the caller, nothing."""
-    if not new:
-        return
-    await connection.execute(_SUBMIT, {"rows": _rows(task.row() for task in new)})
-    messages = [task.message() for task in new]
-    # At once means now() by the database's clock, which is also the relay's: that is the column's default.
-    for delayed in (False, True):
-        rows = [_outbox_row(message) for message in messages if (message.due_at is not None) is delayed]
-        if rows:
-            await connection.execute(insert(outbox), rows)
+    if new:
+        await connection.execute(_SUBMIT, {"rows": _rows({**_message_row(task), **task.row()} for task in new)})
 
 
-def _outbox_row(message: OutboxMessage) -> dict[str, Any]:
-    # What taskmesh.outbox.insert_messages writes, but compiled once: SQLAlchemy caches no multi-row VALUES.
-    due = {} if message.due_at is None else {"due_at": message.due_at}
+def _message_row(task: NewTask) -> dict[str, Any]:
+    """What the outbox has beyond the task's own row; the body is JSON, and so text."""
+    message = task.message()
     return {
-        **due,
         "exchange": message.exchange,
         "routing_key": message.routing_key,
         "mandatory": message.mandatory,
         "headers": message.headers,
         "properties": message.properties,
-        "body": message.body,
-        "task_id": message.task_id,
-        "expires_at": message.expires_at,
+        "body": message.body.decode(),
     }
 
 
