@@ -21,14 +21,29 @@ from sqlalchemy import create_engine
 from gateway.models import metadata
 from taskmesh.database import driver_url
 from taskmesh.management import Management
+from taskmesh.parts.postgres import ServiceDatabase
 from taskmesh.topology import declare, worker_topology
 
 Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def environment(service_database, broker, tmp_path: Path) -> dict[str, str]:
-    database = service_database("gateway")
+def database(service_database) -> ServiceDatabase:
+    return service_database("gateway")
+
+
+@pytest.fixture
+def setup(database: ServiceDatabase, broker) -> dict[str, str]:
+    """The elevated environment, of the setup role alone."""
+    return {
+        "TASKMESH_DATABASE_URL": database.owner_url,
+        "TASKMESH_AMQP_URL": broker.amqp_url,
+        "TASKMESH_MANAGEMENT_URL": broker.management_url,
+    }
+
+
+@pytest.fixture
+def environment(database: ServiceDatabase, broker, setup: dict[str, str], tmp_path: Path) -> dict[str, str]:
     narrow = {
         "TASKMESH_DATABASE_URL": database.url,
         "TASKMESH_AMQP_URL": broker.amqp_url,
@@ -36,9 +51,7 @@ def environment(service_database, broker, tmp_path: Path) -> dict[str, str]:
         "TASKMESH_HTTP_HOST": "127.0.0.1",
         "TASKMESH_HTTP_PORT": "0",
     }
-    setup = narrow | {"TASKMESH_DATABASE_URL": database.owner_url, "TASKMESH_MANAGEMENT_URL": broker.management_url}
-    for _ in range(2):  # Safe to repeat.
-        subprocess.run([sys.executable, "-m", "gateway", "setup"], env=os.environ | setup, check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "gateway", "setup"], env=os.environ | setup, check=True, timeout=60)
     return narrow
 
 
@@ -156,7 +169,8 @@ def _next_message(broker: Any) -> dict[str, Any]:
     raise AssertionError
 
 
-def test_keys_are_made_listed_and_revoked(environment):
+def test_keys_are_made_listed_and_revoked(gateway_url):
+    environment = {"TASKMESH_DATABASE_URL": gateway_url}
     key = run_gateway(environment, "keys", "create", "--name", "shop", "--scopes", "tasks:read").stdout.strip()
     listed = run_gateway(environment, "keys", "list").stdout
     key_id = listed.split("\t")[0]
@@ -226,7 +240,9 @@ def _shape(url: str) -> list[tuple[Any, ...]]:
         return connection.execute(described, {"tables": list(metadata.tables)}).fetchall()
 
 
-def test_the_runtime_role_cannot_change_the_schema(environment):
+def test_setup_may_be_repeated_and_the_runtime_role_cannot_change_what_it_made(environment, setup):
+    subprocess.run([sys.executable, "-m", "gateway", "setup"], env=os.environ | setup, check=True, timeout=60)
+
     with psycopg.connect(environment["TASKMESH_DATABASE_URL"]) as connection:
         connection.execute("select count(*) from tasks")
         with pytest.raises(psycopg.errors.InsufficientPrivilege):

@@ -76,7 +76,7 @@ async def until(engine: AsyncEngine, moment: datetime) -> None:
 
 
 @pytest.mark.parametrize(
-    "seconds", [pytest.param(20, marks=pytest.mark.flows), pytest.param(60, marks=pytest.mark.faults)]
+    "seconds", [pytest.param(14, marks=pytest.mark.flows), pytest.param(60, marks=pytest.mark.faults)]
 )
 async def test_every_slot_is_fired_once_while_a_scheduler_is_killed_three_times(
     gateway_engine: AsyncEngine, start: Start, seconds: int
