@@ -9,7 +9,6 @@ import secrets
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,18 +25,7 @@ from taskmesh.contracts.billing import DocumentReady, IssueInvoice
 from taskmesh.objects import ObjectStore
 from taskmesh.parts.postgres import ServiceDatabase, create_service_database, drop_service_database
 from taskmesh.parts.rabbitmq import create_vhost, delete_vhost, in_vhost
-
-DEADLINE_SECONDS = 30.0
-
-
-def eventually(probe: Callable[[], Any]) -> Any:
-    """The first truthy answer of the probe."""
-    end = time.monotonic() + DEADLINE_SECONDS
-    while not (answer := probe()):
-        if time.monotonic() > end:
-            pytest.fail(f"not within {DEADLINE_SECONDS} s; last answer: {answer!r}")
-        time.sleep(0.02)
-    return answer
+from taskmesh.testing.waiting import eventually
 
 
 @dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID, uuid4, uuid5
@@ -21,8 +20,7 @@ from taskmesh.parts.postgres import create_database, drop_database
 from taskmesh.parts.rabbitmq import create_vhost, delete_vhost, in_vhost
 from taskmesh.testing.otlp import OtlpSink
 from taskmesh.testing.smtp import SmtpSink
-
-DEADLINE_SECONDS = 30
+from taskmesh.testing.waiting import eventually
 
 
 @dataclass
@@ -45,7 +43,7 @@ class Service:
 
     def start(self, role: str) -> None:
         self.run(role)
-        eventually((self.folder / f"email-{role}.ready").exists, self)
+        eventually((self.folder / f"email-{role}.ready").exists, explain=self.logs)
 
     def publish(self, name: str, exchange: str, task_id: str, payload: dict, **headers) -> None:
         with Celery(broker=self.amqp_url, set_as_current=False) as plain:
@@ -65,15 +63,6 @@ class Service:
 
     def logs(self) -> str:
         return "\n".join(path.read_text()[-6000:] for path in self.folder.glob("*.log"))
-
-
-def eventually(probe, service: Service):
-    end = time.monotonic() + DEADLINE_SECONDS
-    while not (answer := probe()):
-        if time.monotonic() > end:
-            pytest.fail(f"not within {DEADLINE_SECONDS} s\n{service.logs()}")
-        time.sleep(0.05)
-    return answer
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +130,9 @@ def test_an_event_and_a_command_become_mails_in_the_trace_of_their_caller(servic
     publish_both()
     listener_id = uuid5(UUID(event_id), "email")
     settled = "select count(*) = 2 from inbox where state = 'succeeded' and task_id in (%s, %s)"
-    eventually(lambda: service.one(settled, listener_id, command_id)[0], service)
+    eventually(lambda: service.one(settled, listener_id, command_id)[0], explain=service.logs)
     publish_both()
-    eventually(lambda: service.logs().count("delivery skipped") == 2, service)
+    eventually(lambda: service.logs().count("delivery skipped") == 2, explain=service.logs)
 
     assert sorted(mail.rcpt_to[0] for mail in service.smtp.messages) == ["anna@example.org", "sample@example.jp"]
     mails = {mail.rcpt_to[0]: mail for mail in service.smtp.messages}
@@ -173,7 +162,10 @@ def test_a_refusal_fails_the_task_and_still_tells_its_event(service):
         task_id,
         {"to": {"address": "gone@example.org"}, "subject": "Hi", "text": "Hello."},
     )
-    eventually(lambda: service.one("select 1 from inbox where task_id = %s and state = 'failed'", task_id), service)
+    eventually(
+        lambda: service.one("select 1 from inbox where task_id = %s and state = 'failed'", task_id),
+        explain=service.logs,
+    )
 
     body = service.one("select body from outbox where routing_key = 'task.failed.email'")[0]
     assert b'"hard_bounce"' in bytes(body)
@@ -194,7 +186,7 @@ def test_a_deferral_is_a_retry_that_waits_in_the_outbox(service):
         {"to": {"address": "busy@example.org"}, "subject": "Hi", "text": "Hello."},
     )
     row = "select exchange, extract(epoch from due_at - now())::int from outbox where task_id = %s"
-    exchange, wait_seconds = eventually(lambda: service.one(row, task_id), service)
+    exchange, wait_seconds = eventually(lambda: service.one(row, task_id), explain=service.logs)
 
     assert exchange == "taskmesh.direct"
     assert 45 <= wait_seconds <= 67

@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,9 @@ import pytest
 
 from taskmesh.client import Taskmesh
 from taskmesh.parts.processes import Process
+from taskmesh.testing.waiting import eventually
 from taskmesh_local import environment
 from taskmesh_local.folders import FOLDER_VARIABLE, Folders
-
-DEADLINE_SECONDS = 60.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -94,18 +92,6 @@ class Mesh:
         process = Process.from_json(record)
         os.kill(process.pid, signal.SIGKILL)
         eventually(lambda: not process.is_running())
-
-
-def eventually(probe: Callable[[], Any], *, seconds: float = DEADLINE_SECONDS) -> Any:
-    """The first truthy answer of the probe."""
-    end = time.monotonic() + seconds
-    while True:
-        answer = probe()
-        if answer:
-            return answer
-        if time.monotonic() > end:
-            pytest.fail(f"not within {seconds} s; last answer: {answer!r}")
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,9 @@ from kombu import Exchange
 from pypdf import PdfReader
 
 from taskmesh.contracts.billing import IssueInvoice
+from taskmesh.testing.waiting import eventually
 
-from .conftest import Mesh, eventually
+from .conftest import Mesh
 
 
 def invoice(address: str, **fields: Any) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from .conftest import Mesh, eventually
+from taskmesh.testing.waiting import eventually
+
+from .conftest import Mesh
 from .test_invoice import address, invoice
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from taskmesh.client import UnknownType
 from taskmesh.parts.postgres import create_database, drop_database
+from taskmesh.testing.waiting import eventually
 
-from .conftest import Mesh, eventually
+from .conftest import Mesh
 
 # The whole package: one contract, one task, one entry point.
 PACKAGE = '''

@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -30,22 +29,10 @@ from taskmesh.contracts.lifecycle import LifecycleEvent, TaskFailure
 from taskmesh.parts.postgres import create_database, drop_database
 from taskmesh.parts.rabbitmq import create_vhost, delete_vhost, in_vhost
 from taskmesh.settings import WorkerSettings
+from taskmesh.testing.waiting import eventually
 from taskmesh.worker import WorkerApp
 
 SERVICE = Path(__file__).parents[1] / "services" / "orders.py"
-DEADLINE_SECONDS = 30.0
-
-
-def eventually(probe: Callable[[], Any], *, seconds: float = DEADLINE_SECONDS) -> Any:
-    """The first truthy answer of the probe."""
-    end = time.monotonic() + seconds
-    while True:
-        answer = probe()
-        if answer:
-            return answer
-        if time.monotonic() > end:
-            pytest.fail(f"not within {seconds} s; last answer: {answer!r}")
-        time.sleep(0.02)
 
 
 @dataclass

@@ -12,8 +12,10 @@ from pathlib import Path
 def opened(path: Path) -> Iterator[sqlite3.Connection]:
     """One transaction on the file, committed unless it raises.
 
-    A connection per use is cheap for a local file, and free of questions about threads.
+    A connection per use is cheap for a local file, and free of questions about threads. Only its owner may read it:
+    mails and spans tell of people.
     """
+    path.touch(mode=0o600)
     database = sqlite3.connect(path, timeout=10)
     try:
         with database:

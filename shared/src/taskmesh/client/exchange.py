@@ -220,4 +220,6 @@ def retry_after_seconds(headers: httpx.Headers) -> float | None:
 
 def _describe(lost: Lost, tries: int) -> str:
     reason = str(lost.error) or type(lost.error).__name__
-    return f"no answer after {tries} {'try' if tries == 1 else 'tries'}: {reason}"
+    url = lost.error.request.url
+    often = "1 try" if tries == 1 else f"{tries} tries"
+    return f"no answer from {url.scheme}://{url.netloc.decode()} after {often}: {reason}"
