@@ -427,6 +427,20 @@ async def test_the_manifest_is_announced_at_the_start_and_again(engine, broker):
     assert [Manifest.model_validate_json(delivery.body).release for delivery in (first, second)] == ["0", "1"]
 
 
+async def test_a_relay_that_can_no_longer_announce_ends_and_says_why(engine, broker):
+    """Started again it may recover; left running it would be deaf in one ear."""
+
+    def manifest() -> Manifest:
+        raise ZeroDivisionError
+
+    relay = Relay(engine, broker.amqp_url, "billing", announce=manifest)
+
+    with pytest.raises(ExceptionGroup) as ended:
+        await relay.run(asyncio.Event())
+
+    assert ended.group_contains(ZeroDivisionError)
+
+
 async def test_setup_announces_once_and_learns_whether_anybody_heard(broker):
     manifest = Manifest(service="billing", release="1", types=(), announced_at=datetime.now(UTC))
     with Management(broker.management_url) as management:

@@ -184,16 +184,16 @@ class Relay:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Move rows until `stop` is set; the batch in hand is finished first."""
-        stopping = asyncio.create_task(self._wake_on(stop))
-        companions = [stopping, asyncio.create_task(self._listen())]
-        if self._announce is not None:
-            companions.append(asyncio.create_task(self._keep_announcing(self._announce)))
         try:
-            await self._run(stop)
+            # A companion that dies takes the relay with it, to be started again: it would be missed too late.
+            async with asyncio.TaskGroup() as group:
+                companions = [group.create_task(self._wake_on(stop)), group.create_task(self._listen())]
+                if self._announce is not None:
+                    companions.append(group.create_task(self._keep_announcing(self._announce)))
+                await self._run(stop)
+                for companion in companions:
+                    companion.cancel()
         finally:
-            for companion in companions:
-                companion.cancel()
-            await asyncio.gather(*companions, return_exceptions=True)
             await self._publisher.close()
             self._health.stopped()
 
