@@ -236,7 +236,10 @@ class Attempt:
             # What the task left to be flushed, or a constraint that is checked at the commit: the effect was refused.
             self._fail(unit, error, span)
         span.set_attribute("taskmesh.outcome", state)
-        logger.info("task " + state if state == "succeeded" else "task continues in a later attempt")
+        if state == TaskState.SUCCEEDED:
+            logger.info("task succeeded")
+        else:
+            logger.info("task continues in a later attempt")
         return value
 
     def _settle_success(self, unit: Unit, result: Any) -> str:
