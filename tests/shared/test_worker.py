@@ -157,7 +157,12 @@ def orders(postgres: str, rabbitmq: Any, tmp_path_factory: pytest.TempPathFactor
     for process in service.processes.values():
         process.terminate()
     for process in service.processes.values():
-        process.wait(timeout=20)
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            # Celery can miss a SIGTERM that comes in the first moments of a worker.
+            process.kill()
+            process.wait()
     delete_vhost(rabbitmq.management_url, name)
     drop_database(postgres, name)
 

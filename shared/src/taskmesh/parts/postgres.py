@@ -338,6 +338,10 @@ def _program_folders() -> list[Path]:
     return folders + sorted(installed, key=lambda folder: float(folder.parent.name), reverse=True)
 
 
+# A killed server has its memory and its files to give back first.
+DYING_SECONDS = 10.0
+
+
 def _locale(programs: Path) -> list[str]:
     """UTF-8 semantics that do not depend on the machine, where the server can (17 and later)."""
     answer = subprocess.run([programs / "postgres", "--version"], capture_output=True, text=True, check=False)
@@ -349,15 +353,20 @@ def _locale(programs: Path) -> list[str]:
 
 
 def _forget_dead_postmaster(data: Path) -> None:
-    """Remove the pid file of a killed server whose pid another program of the account has now.
+    """Remove the pid file of a killed server that is gone, or whose pid another program has now.
 
-    PostgreSQL itself sees a stale pid file by asking whether the pid lives, which misleads it after a restart.
+    PostgreSQL itself sees a stale pid file by asking whether the pid lives. That misleads it after a restart, and until
+    somebody has collected the killed process. One that is still dying is waited for.
     """
     pid_file = data / "postmaster.pid"
-    try:
-        pid = int(pid_file.read_text().split()[0])
-        name = Path(f"/proc/{pid}/comm").read_text().strip()
-    except (OSError, ValueError, IndexError):
-        return
-    if name != "postgres":
-        pid_file.unlink(missing_ok=True)
+    end = time.monotonic() + DYING_SECONDS
+    while time.monotonic() < end:
+        try:
+            pid = int(pid_file.read_text().split()[0])
+            name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
+        except (OSError, ValueError, IndexError):
+            return
+        if name != "postgres" or rest.split()[0] in {"Z", "X"}:
+            pid_file.unlink(missing_ok=True)
+            return
+        time.sleep(0.1)
