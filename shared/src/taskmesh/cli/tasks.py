@@ -42,7 +42,12 @@ def submit(
     at: Annotated[str | None, typer.Option(help="Not before this moment.")] = None,
     delay: Annotated[str | None, typer.Option(help="Not before this long from now: 90s, 5m, 2h, 1d.")] = None,
     expires: Annotated[str | None, typer.Option(help="Not at all after this moment, or this long from now.")] = None,
-    priority: Annotated[int | None, typer.Option(min=0, max=9, help="Higher runs earlier.")] = None,
+    priority: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=9, help="Sent with the message; RabbitMQ 4 prefers higher ones, RabbitMQ 3 ignores it."
+        ),
+    ] = None,
     tags: Annotated[list[str] | None, typer.Option("--tag", help="To find the task by; may be repeated.")] = None,
     wait: Annotated[str | None, typer.Option(help="Wait this long for the task to finish.")] = None,
     idempotency_key: Annotated[
