@@ -7,6 +7,7 @@
             ObjectStoreUnavailable
         PermanentError              worker: the task fails            HTTP 422
             ContractViolation       the message is dead-lettered
+        TaskCancelled               worker: the task ends cancelled
         ConflictError                                                 HTTP 409
         NotFound                                                      HTTP 404
 
@@ -69,6 +70,12 @@ class ContractViolation(PermanentError):
     """The payload does not fit the contract of its type; the message is dead-lettered."""
 
     code = "contract_violation"
+
+
+class TaskCancelled(TaskmeshError):
+    """Somebody has cancelled the running task: what it wrote is undone, and it is not tried again."""
+
+    code = "cancelled"
 
 
 class ConflictError(TaskmeshError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import StrEnum
 from uuid import UUID
 
-from sqlalchemy import Column, DateTime, Integer, Table, Text, Uuid, func, select
+from sqlalchemy import Boolean, Column, DateTime, Integer, Table, Text, Uuid, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningInsert
@@ -19,7 +19,8 @@ from taskmesh.outbox import metadata
 
 class InboxState(StrEnum):
     WAITING = "waiting"
-    """The attempt is over, and another is under way through the outbox (a retry, or an `eta`)."""
+    """Not finished. With `started_at` an attempt was begun and has not been settled: it runs, or it was lost. Without,
+    the attempt `sequence` is over and another one is under way through the outbox (a retry, or an `eta`)."""
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     EXPIRED = "expired"
@@ -33,7 +34,32 @@ inbox = Table(
     Column("sequence", Integer, nullable=False),
     Column("state", Text, nullable=False),
     Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    # How often the task was started since it was sent or replaced: attempts that ended, and those that were lost.
+    Column("starts", Integer, nullable=False, server_default="0"),
+    Column("started_at", DateTime(timezone=True)),
+    # `host:pid` of the last start.
+    Column("worker", Text),
 )
+
+cancellations = Table(
+    "cancellations",
+    metadata,
+    Column("task_id", Uuid, primary_key=True),
+    Column("requested_at", DateTime(timezone=True), nullable=False),
+    Column("force", Boolean, nullable=False, server_default="false"),
+    Column("reason", Text),
+    Column("received_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+)
+"""Tasks that somebody wants cancelled; kept, so that a delivery that comes later is not run."""
+
+pauses = Table(
+    "pauses",
+    metadata,
+    Column("one", Boolean, primary_key=True, server_default="true"),
+    Column("paused_at", DateTime(timezone=True)),
+    Column("changed_at", DateTime(timezone=True), nullable=False),
+)
+"""One row at most: whether the service's workers are paused, and since when."""
 
 
 def claim(session: Session, task_id: UUID, sequence: int, state: InboxState) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
@@ -72,6 +73,14 @@ tasks = Table(
     Column("finished_at", DateTime(timezone=True)),
     Column("updated_at", DateTime(timezone=True), nullable=False),
     Column("trace_id", Text),
+    Column("cancel_requested_at", DateTime(timezone=True)),
+    # The API key.
+    Column("cancel_requested_by", Uuid),
+    Column("cancel_reason", Text),
+    Column("cancel_forced", Boolean),
+    # Another try of a task that failed is a task of its own, linked both ways.
+    Column("retry_of", Uuid),
+    Column("retried_as", Uuid),
     CheckConstraint(
         "state IN ('scheduled','queued','running','retrying','succeeded','failed','cancelled','expired')",
         name="tasks_state_known",
@@ -81,6 +90,7 @@ tasks = Table(
     Index("tasks_root", "root_id", "created_at", "id"),
     Index("tasks_parent", "parent_id", postgresql_where=text("parent_id IS NOT NULL")),
     Index("tasks_schedule", "schedule_id", "created_at", postgresql_where=text("schedule_id IS NOT NULL")),
+    Index("tasks_retry_of", "retry_of", postgresql_where=text("retry_of IS NOT NULL")),
     Index("tasks_tags", "tags", postgresql_using="gin", postgresql_where=text("tags <> '{}'")),
     # Most tasks succeed; people look for the others.
     Index("tasks_state", "state", "created_at", "id", postgresql_where=text("state <> 'succeeded'")),
@@ -155,8 +165,25 @@ dead_letters = Table(
     Column("body", LargeBinary, nullable=False),
     Column("died_at", DateTime(timezone=True)),
     Column("received_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    # open, replayed or discarded.
+    Column("state", Text, nullable=False, server_default="open"),
+    Column("service", Text),
+    # What is wrong with it: the code, the text and the exception's class name of its error.
+    Column("code", Text),
+    Column("error", Text),
+    Column("exception", Text),
+    # The same for dead letters that died of the same thing; people look after groups.
+    Column("error_fingerprint", Text),
+    Column("attempt", Integer),
+    Column("trace_id", Text),
+    Column("resolved_at", DateTime(timezone=True)),
+    # The API key.
+    Column("resolved_by", Uuid),
+    Column("resolution_note", Text),
+    Column("replay_task_id", Uuid),
     Index("dead_letters_received", "received_at", "id"),
     Index("dead_letters_task", "task_id"),
+    Index("dead_letters_open", "error_fingerprint", "received_at", "id", postgresql_where=text("state = 'open'")),
 )
 
 schedules = Table(
@@ -213,4 +240,82 @@ schedule_fires = Table(
     Column("task_id", Uuid),
     Column("fired_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Index("schedule_fires_fired", "fired_at"),
+)
+
+broker_status = Table(
+    "broker_status",
+    metadata,
+    # One row.
+    Column("one", Boolean, primary_key=True, server_default="true"),
+    Column("reachable", Boolean, nullable=False),
+    Column("since", DateTime(timezone=True), nullable=False),
+    Column("observed_at", DateTime(timezone=True), nullable=False),
+    Column("error", Text),
+)
+
+broker_queues = Table(
+    "broker_queues",
+    metadata,
+    Column("queue", Text, primary_key=True),
+    Column("service", Text, nullable=False),
+    Column("ready", BigInteger, nullable=False),
+    Column("unacknowledged", BigInteger, nullable=False),
+    Column("consumers", Integer, nullable=False),
+    Column("observed_at", DateTime(timezone=True), nullable=False),
+)
+
+# The newest answer of a service about a task.
+sightings = Table(
+    "sightings",
+    metadata,
+    Column("task_id", Uuid, primary_key=True),
+    Column("service", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("sequence", Integer),
+    Column("starts", Integer),
+    Column("started_at", DateTime(timezone=True)),
+    Column("worker", Text),
+    Column("due_at", DateTime(timezone=True)),
+    Column("alive", Boolean),
+    Column("seen_at", DateTime(timezone=True), nullable=False),
+)
+
+audits = Table(
+    "audits",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("started_at", DateTime(timezone=True), nullable=False),
+    Column("finished_at", DateTime(timezone=True)),
+    # Accepted is the sum of the other five.
+    Column("accepted", BigInteger, nullable=False, server_default="0"),
+    Column("waiting", BigInteger, nullable=False, server_default="0"),
+    Column("running", BigInteger, nullable=False, server_default="0"),
+    Column("finished", BigInteger, nullable=False, server_default="0"),
+    Column("dead", BigInteger, nullable=False, server_default="0"),
+    Column("unaccounted", BigInteger, nullable=False, server_default="0"),
+    Column("redriven", BigInteger, nullable=False, server_default="0"),
+    Column("detail", JSONB, nullable=False, server_default=text("'{}'")),
+)
+
+unaccounted_tasks = Table(
+    "unaccounted_tasks",
+    metadata,
+    Column("task_id", Uuid, primary_key=True),
+    Column("service", Text, nullable=False),
+    Column("type", Text, nullable=False),
+    Column("since", DateTime(timezone=True), nullable=False),
+    Column("last_seen_at", DateTime(timezone=True)),
+    Column("last_seen_where", Text),
+    Column("redriven_at", DateTime(timezone=True)),
+    Column("redrives", Integer, nullable=False, server_default="0"),
+)
+
+services = Table(
+    "services",
+    metadata,
+    Column("service", Text, primary_key=True),
+    # NULL while its workers take tasks.
+    Column("paused_at", DateTime(timezone=True)),
+    Column("paused_by", Uuid),
+    Column("pause_reason", Text),
 )

@@ -50,7 +50,7 @@ class TaskFailure(Part):
     model_config = ConfigDict(extra="ignore")
 
     code: str
-    """`TaskmeshError.code`, or one of: exception, poison, time_limit, malformed."""
+    """`TaskmeshError.code`, or one of: exception, poison, time_limit, malformed, worker_lost."""
     message: Annotated[str, Field(max_length=2000)]
     exception: str | None = None
     """Qualified class name."""
@@ -70,7 +70,7 @@ class LifecycleEvent(Part):
     sequence: int = 0
     """Orders attempts: replacements * 10000 + retries. A lower one never overrides a higher one."""
     attempt: int = 1
-    """Counts runs from 1, as people do."""
+    """Counts starts from 1, as people do: one that ended in a crash counts as well."""
     root_id: UUID | None = None
     parent_id: UUID | None = None
     event_id: UUID | None = None
@@ -83,6 +83,8 @@ class LifecycleEvent(Part):
     """`host:pid` of the process that ran the attempt."""
     result: Any = None
     failure: TaskFailure | None = None
+    payload: dict[str, Any] | None = None
+    """Of a task that failed: what it was asked to do, so that it can be retried although the gateway never saw it."""
     children: tuple[LifecycleEvent, ...] = ()
     """The tasks that this one has started, told with its outcome: so whoever sees it finished sees them too.
 

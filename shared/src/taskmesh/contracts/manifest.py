@@ -26,6 +26,8 @@ class TypeManifest(Part):
     max_attempts: int | None = None
     """None means without limit."""
     time_limit_seconds: float | None = None
+    force_cancel: bool = False
+    """True if a running task may be killed when it is cancelled."""
 
 
 class ScheduleManifest(Part):
