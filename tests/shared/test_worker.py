@@ -5,180 +5,19 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-from urllib.parse import quote
 from uuid import uuid4
 
-import httpx
-import pika
 import psycopg
 import pytest
-from celery import Celery
-from kombu import Exchange
 from pydantic import SecretStr
 
-from taskmesh import lifecycle
-from taskmesh.contracts.lifecycle import LifecycleEvent, TaskFailure
-from taskmesh.parts.postgres import create_database, drop_database
-from taskmesh.parts.rabbitmq import create_vhost, delete_vhost, in_vhost
+from running_orders import Orders
+from taskmesh.contracts.lifecycle import TaskFailure
 from taskmesh.settings import WorkerSettings
 from taskmesh.testing.waiting import eventually
 from taskmesh.worker import WorkerApp
-
-SERVICE = Path(__file__).parents[1] / "services" / "orders.py"
-
-
-@dataclass
-class Orders:
-    """The running service, seen from outside."""
-
-    database_url: str
-    amqp_url: str
-    management_url: str
-    vhost: str
-    environment: dict[str, str]
-    processes: dict[str, subprocess.Popen[bytes]]
-    health: Path
-
-    def start(self, role: str) -> None:
-        """Start a role and wait until it is ready."""
-        (self.health / f"orders-{role}.ready").unlink(missing_ok=True)
-        log = (self.health / f"{role}.log").open("ab")
-        self.processes[role] = subprocess.Popen(
-            [sys.executable, str(SERVICE), role], env=self.environment, stdout=log, stderr=log
-        )
-        eventually((self.health / f"orders-{role}.ready").exists)
-
-    def send(self, name: str, /, task_id: str | None = None, **kwargs: Any) -> str:
-        """Publish as plain Celery does, without a line of Taskmesh."""
-        options = {
-            key: kwargs.pop(key)
-            for key in ("eta", "countdown", "expires", "link", "link_error", "chain")
-            if key in kwargs
-        }
-        with Celery(broker=self.amqp_url, set_as_current=False) as plain:
-            plain.conf.task_create_missing_queues = False
-            exchange = Exchange("taskmesh.commands", type="topic", no_declare=True)
-            result = plain.send_task(
-                name, kwargs=kwargs, task_id=task_id or str(uuid4()), exchange=exchange, routing_key=name, **options
-            )
-            return str(result.id)
-
-    def rows(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
-        with psycopg.connect(self.database_url, autocommit=True) as connection:
-            return connection.execute(statement, parameters).fetchall()
-
-    def notes(self, task_id: str) -> list[str]:
-        """What the task has written, in order."""
-        return [row[0] for row in self.rows("select note from effects where task_id = %s order by id", task_id)]
-
-    def followers(self, task_id: str) -> list[str]:
-        """What the tasks that a task started have written."""
-        ids = [str(e.task_id) for e in self.events() if str(e.root_id) == task_id and str(e.task_id) != task_id]
-        return sorted(note for follower in set(ids) for note in self.notes(follower))
-
-    def state(self, task_id: str) -> str | None:
-        rows = self.rows("select state from inbox where task_id = %s", task_id)
-        return rows[0][0] if rows else None
-
-    def wait(self, task_id: str, *states: str) -> str:
-        """Wait until the inbox says that the task has ended."""
-        wanted = states or ("succeeded", "failed", "expired")
-        return str(eventually(lambda: (state := self.state(task_id)) in wanted and state))
-
-    def events(self, task_id: str | None = None) -> list[LifecycleEvent]:
-        """What the ledger would be told, taken off its queue."""
-        connection = pika.BlockingConnection(pika.URLParameters(self.amqp_url))
-        channel = connection.channel()
-        found: list[LifecycleEvent] = []
-        while True:
-            method, _, body = channel.basic_get("gateway.lifecycle", auto_ack=True)
-            if method is None:
-                break
-            if method.routing_key.startswith("task."):
-                found += lifecycle.decode(body)
-        connection.close()
-        self._seen += found
-        return [event for event in self._seen if task_id is None or str(event.task_id) == task_id]
-
-    def __post_init__(self) -> None:
-        self._seen: list[LifecycleEvent] = []
-
-    def dead_letters(self) -> int:
-        with pika.BlockingConnection(pika.URLParameters(self.amqp_url)) as connection:
-            return int(connection.channel().queue_declare("gateway.dead-letters", passive=True).method.message_count)
-
-    def close_connections(self) -> None:
-        """Close every connection to the broker, as a restart of a broker node does."""
-        with httpx.Client(base_url=self.management_url) as management:
-            found = eventually(lambda: management.get(f"/api/vhosts/{self.vhost}/connections").json())
-            for connection in found:
-                management.delete(f"/api/connections/{quote(connection['name'], safe='')}")
-
-    def idle(self) -> bool:
-        """No message waits and no outbox row is left."""
-        return self.rows("select count(*) from outbox where due_at < now() + interval '1 minute'")[0][0] == 0
-
-
-@pytest.fixture(scope="module")
-def orders(postgres: str, rabbitmq: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orders]:
-    """One running service for the whole module: a test that stops a process starts it again."""
-    name = f"orders_{uuid4().hex[:12]}"
-    database_url = create_database(postgres, name)
-    create_vhost(rabbitmq.management_url, name)
-    broker = SimpleNamespace(
-        amqp_url=in_vhost(rabbitmq.amqp_url, name), management_url=rabbitmq.management_url, vhost=name
-    )
-    tmp_path = tmp_path_factory.mktemp("orders")
-    environment = {
-        **os.environ,
-        "TASKMESH_DATABASE_URL": database_url,
-        "TASKMESH_AMQP_URL": broker.amqp_url,
-        "TASKMESH_MANAGEMENT_URL": broker.management_url,
-        "TASKMESH_HEALTH_DIR": str(tmp_path),
-        "TASKMESH_SOFT_SHUTDOWN_SECONDS": "5",
-        "TASKMESH_RELAY_POLL_SECONDS": "0.2",
-    }
-    environment.pop("OTEL_EXPORTER_OTLP_ENDPOINT", None)
-    subprocess.run([sys.executable, str(SERVICE), "setup"], env=environment, check=True)
-    service = Orders(database_url, broker.amqp_url, broker.management_url, broker.vhost, environment, {}, tmp_path)
-    _declare_ledger(broker)
-    _create_effects(database_url)
-    service.start("relay")
-    service.start("worker")
-    yield service
-    for process in service.processes.values():
-        process.terminate()
-    for process in service.processes.values():
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            # Celery can miss a SIGTERM that comes in the first moments of a worker.
-            process.kill()
-            process.wait()
-    delete_vhost(rabbitmq.management_url, name)
-    drop_database(postgres, name)
-
-
-def _create_effects(database_url: str) -> None:
-    with psycopg.connect(database_url, autocommit=True) as connection:
-        connection.execute("create table effects (id bigserial, task_id uuid, note text, attempt int, at timestamptz)")
-        connection.execute("create table checked_at_commit (name int unique deferrable initially deferred)")
-
-
-def _declare_ledger(broker: Any) -> None:
-    from taskmesh.management import Management
-    from taskmesh.topology import declare, gateway_topology
-
-    with Management(broker.management_url) as management:
-        declare(gateway_topology(), amqp_url=broker.amqp_url, management=management)
 
 
 def test_a_plain_celery_message_is_executed_once_and_reported(orders: Orders) -> None:
