@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,6 +128,29 @@ class RabbitMQ:
             process.kill()
         self._stop_epmd()
 
+    def control(self, *words: str) -> str:
+        """Run `rabbitmqctl` against the node, and return what it printed.
+
+        Raises:
+            PartMissing: It is not installed beside `rabbitmq-server`.
+            subprocess.CalledProcessError: It failed.
+        """
+        program = installed_server()
+        if program is None:
+            raise PartMissing(MISSING)
+        record = records.read(self._record)
+        account = unprivileged()
+        done = subprocess.run(
+            [program.with_name("rabbitmqctl"), *words],
+            env=self._environment(Path(record["home"]), record),
+            cwd="/",
+            capture_output=True,
+            text=True,
+            check=True,
+            **(account.popen_arguments() if account else {}),
+        )
+        return done.stdout
+
     def purge(self) -> None:
         """Stop the node and delete its data."""
         self.stop()
@@ -140,7 +164,7 @@ class RabbitMQ:
         return process if process and process.is_running() else None
 
     def _configure(self, home: Path, record: dict[str, Any], account: Account | None) -> dict[str, str]:
-        """Write the node's configuration and return its environment."""
+        """Write the node's configuration and return the environment of its programs."""
         node = home / "node"
         node.mkdir(mode=0o700, exist_ok=True)
         ports = record["ports"]
@@ -171,6 +195,11 @@ class RabbitMQ:
                 account.own(path)
         if account:
             account.own(node)
+        return self._environment(home, record)
+
+    def _environment(self, home: Path, record: dict[str, Any]) -> dict[str, str]:
+        """What tells RabbitMQ's programs which node they are, or talk to."""
+        node, ports = home / "node", record["ports"]
         # The name of the node is part of its data folder; it must not change with the ports.
         name = hashlib.sha256(bytes(self._folder.resolve())).hexdigest()[:10]
         return {
