@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid5
@@ -151,11 +151,19 @@ def event(message: TaskMessage) -> OutboxMessage:
     return _outbox(message, exchanges.EVENTS, mandatory=False, due_at=None)
 
 
-def _outbox(message: TaskMessage, exchange: str, *, mandatory: bool, due_at: datetime | None) -> OutboxMessage:
+def listening(message: TaskMessage, *, service: str, event_id: UUID, due_at: datetime | None = None) -> OutboxMessage:
+    """The outbox form of one listener's handling of an event, under the task's own id: for that listener alone."""
+    handled = replace(message, kind=TaskKind.EVENT, headers={**message.headers, EVENT_ID_HEADER: str(event_id)})
+    return _outbox(handled, exchanges.DIRECT, routing_key=f"{service}.events", mandatory=True, due_at=due_at)
+
+
+def _outbox(
+    message: TaskMessage, exchange: str, *, mandatory: bool, due_at: datetime | None, routing_key: str | None = None
+) -> OutboxMessage:
     headers, properties, body = encode(message)
     return OutboxMessage(
         exchange=exchange,
-        routing_key=message.type,
+        routing_key=routing_key or message.type,
         headers=headers,
         properties=properties,
         body=body,

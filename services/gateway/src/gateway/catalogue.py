@@ -72,6 +72,10 @@ class Snapshot:
         found = self.commands.get(type_name)
         return found or next((known for known in self.all() if known.type == type_name), None)
 
+    def listener(self, type_name: str, service: str) -> KnownType | None:
+        """The service's handler of the event of that name."""
+        return next((known for known in self.listeners if (known.type, known.service) == (type_name, service)), None)
+
     def nearest(self, type_name: str) -> list[str]:
         """Up to three commands whose names read alike, the likeliest first."""
         return difflib.get_close_matches(type_name[:200], self.commands, n=3, cutoff=0.5)

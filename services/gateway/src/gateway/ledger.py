@@ -20,7 +20,7 @@ from gateway.identifiers import uuid7
 from gateway.models import TASKS_CHANNEL, task_events, tasks
 from taskmesh import celery_protocol
 from taskmesh.celery_protocol import TaskMessage
-from taskmesh.contracts.lifecycle import TERMINAL, LifecycleEvent, TaskState
+from taskmesh.contracts.lifecycle import TERMINAL, LifecycleEvent, TaskKind, TaskState
 from taskmesh.errors import NotFound
 from taskmesh.outbox import OutboxMessage
 
@@ -53,6 +53,9 @@ class NewTask:
     Attributes:
         due_at: Not published before; None means at once.
         traceparent: The creation context that its message carries.
+        root_id: None makes it its own root.
+        event_id: The event that it handles, if it is a listener's task.
+        retry_of: The task that this one is another try of.
     """
 
     type: str
@@ -68,6 +71,11 @@ class NewTask:
     schedule_id: UUID | None = None
     api_key_id: UUID | None = None
     traceparent: str | None = None
+    kind: TaskKind = TaskKind.COMMAND
+    root_id: UUID | None = None
+    parent_id: UUID | None = None
+    event_id: UUID | None = None
+    retry_of: UUID | None = None
 
     @property
     def state(self) -> TaskState:
@@ -80,7 +88,7 @@ class NewTask:
         return {
             "id": self.id,
             "type": self.type,
-            "kind": "command",
+            "kind": self.kind,
             "state": self.state,
             "attempt": 0,
             "service": self.service,
@@ -90,8 +98,9 @@ class NewTask:
             "error": None,
             "priority": self.priority,
             "tags": list(self.tags),
-            "parent_id": None,
-            "root_id": self.id,
+            "parent_id": self.parent_id,
+            "root_id": self.root_id or self.id,
+            "event_id": self.event_id,
             "schedule_id": self.schedule_id,
             "api_key_id": self.api_key_id,
             "created_at": self.created_at,
@@ -102,19 +111,30 @@ class NewTask:
             "finished_at": None,
             "updated_at": self.created_at,
             "trace_id": trace_id_of(self.traceparent),
+            "cancel_requested_at": None,
+            "cancel_reason": None,
+            "retry_of": self.retry_of,
+            "retried_as": None,
         }
 
     def message(self) -> OutboxMessage:
-        """The command that its worker will receive."""
+        """The message that its worker will receive."""
         message = TaskMessage(
             type=self.type,
             id=self.id,
             payload=self.payload,
+            kind=self.kind,
+            root_id=self.root_id,
+            parent_id=self.parent_id,
             expires_at=self.expires_at,
             priority=self.priority,
             traceparent=self.traceparent,
             version=self.version,
         )
+        if self.kind is TaskKind.EVENT:
+            return celery_protocol.listening(
+                message, service=self.service, event_id=self.event_id or self.id, due_at=self.due_at
+            )
         return celery_protocol.command(message, due_at=self.due_at)
 
 
@@ -151,10 +171,11 @@ _SUBMIT = text(
     with given as materialized (
         select *
         from json_to_recordset(cast(:rows as json)) as r(
-            id uuid, type text, state text, service text, version integer, payload jsonb, priority smallint,
-            tags text[], root_id uuid, schedule_id uuid, api_key_id uuid, created_at timestamptz, due_at timestamptz,
-            expires_at timestamptz, queued_at timestamptz, updated_at timestamptz, trace_id text, exchange text,
-            routing_key text, mandatory boolean, headers jsonb, properties jsonb, body text)
+            id uuid, type text, kind text, state text, service text, version integer, payload jsonb, priority smallint,
+            tags text[], parent_id uuid, root_id uuid, event_id uuid, schedule_id uuid, api_key_id uuid,
+            created_at timestamptz, due_at timestamptz, expires_at timestamptz, queued_at timestamptz,
+            updated_at timestamptz, trace_id text, retry_of uuid, exchange text, routing_key text, mandatory boolean,
+            headers jsonb, properties jsonb, body text)
     ), messages as (
         -- At once means now() by the database's clock, which is also the relay's.
         insert into outbox (due_at, exchange, routing_key, mandatory, headers, properties, body, task_id, expires_at)
@@ -162,10 +183,11 @@ _SUBMIT = text(
                convert_to(body, 'UTF8'), id, expires_at
         from given
     ), new as (
-        insert into tasks (id, type, state, service, version, payload, priority, tags, root_id, schedule_id, api_key_id,
-                           created_at, due_at, expires_at, queued_at, updated_at, trace_id)
-        select id, type, state, service, version, payload, priority, tags, root_id, schedule_id, api_key_id,
-               created_at, due_at, expires_at, queued_at, updated_at, trace_id
+        insert into tasks (id, type, kind, state, service, version, payload, priority, tags, parent_id, root_id,
+                           event_id, schedule_id, api_key_id, created_at, due_at, expires_at, queued_at, updated_at,
+                           trace_id, retry_of)
+        select id, type, kind, state, service, version, payload, priority, tags, parent_id, root_id, event_id,
+               schedule_id, api_key_id, created_at, due_at, expires_at, queued_at, updated_at, trace_id, retry_of
         from given
         returning id, root_id, state, attempt, created_at, due_at
     )
@@ -210,6 +232,17 @@ async def get_task(connection: AsyncConnection, task_id: UUID) -> Row[Any]:
     if row is None:
         raise NotFound(f"there is no task {task_id}")
     return row
+
+
+async def lock(connection: AsyncConnection, task_ids: Iterable[UUID]) -> None:
+    """Keep others from changing these tasks until the transaction ends; in the order in which `advance` locks them."""
+    statement = (
+        select(tasks.c.id)
+        .where(tasks.c.id == func.any(sorted(set(task_ids))))
+        .order_by(tasks.c.id)
+        .with_for_update(key_share=True)
+    )
+    await connection.execute(statement)
 
 
 async def list_tasks(
@@ -400,7 +433,7 @@ async def advance(connection: AsyncConnection, events: Sequence[LifecycleEvent])
         await connection.execute(_ADVANCE, {"rows": _rows(asdict(task) for task in changed.values())})
     if accepted:
         await connection.execute(_APPEND_TIMELINE, {"rows": _rows(accepted)})
-        await _notify(connection, {row["root_id"] for row in accepted})
+        await notify(connection, {row["root_id"] for row in accepted})
     return len(accepted)
 
 
@@ -462,7 +495,8 @@ def _timeline_row(position: int, task: _Progress, event: LifecycleEvent) -> dict
     }
 
 
-async def _notify(connection: AsyncConnection, roots: Iterable[UUID]) -> None:
+async def notify(connection: AsyncConnection, roots: Iterable[UUID]) -> None:
+    """Wake, once the transaction has committed, whoever waits for something to happen in these trees."""
     names = sorted(root.hex for root in roots)
     parts = [
         ",".join(names[start : start + ROOTS_A_NOTIFICATION]) for start in range(0, len(names), ROOTS_A_NOTIFICATION)

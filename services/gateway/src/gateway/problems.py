@@ -67,6 +67,30 @@ _KINDS: Final = (
         advice="Use a new key for new work, and the same key only for the very same request.",
     ),
     Kind(
+        code="not_failed",
+        status=409,
+        title="Only a task that failed, was cancelled or expired is tried again",
+        advice="Wait for its end, or cancel it; to have work done once more that succeeded, submit a new task.",
+    ),
+    Kind(
+        code="already_retried",
+        status=409,
+        title="The task was tried again already",
+        advice="`detail` names the newest try, and `retried_as` of each task the next one. If it fails, repeat this.",
+    ),
+    Kind(
+        code="payload_unknown",
+        status=409,
+        title="The gateway never saw the payload of this task",
+        advice="Send the payload with the request.",
+    ),
+    Kind(
+        code="force_not_allowed",
+        status=409,
+        title="Running tasks of this type may not be killed",
+        advice="Cancel without `force`, or have the type announce `force_cancel`.",
+    ),
+    Kind(
         code="conflict",
         status=409,
         title="The request contradicts what is stored",
