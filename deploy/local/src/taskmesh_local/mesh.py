@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,12 +20,13 @@ from taskmesh_local import backing, environment
 from taskmesh_local.backing import Access, AnyBroker, AnyPostgres
 from taskmesh_local.folders import Folders
 from taskmesh_local.progress import Progress
-from taskmesh_local.roles import NAMES, PACKAGES, PAGES, ROLES, SERVICES, Role
+from taskmesh_local.roles import FLEET, PAGES, Fleet, Role
 from taskmesh_local.state import State
 
 READY_SECONDS = 90.0
 STOP_SECONDS = 30.0
-PREFERRED_PORTS = {"gateway-api": (8080,), "inbox": (8025,), "traces": (8026,)}
+ADDRESSED = ("gateway-api", *PAGES)
+"""The processes that are reached over HTTP."""
 SCOPES = "tasks:write,tasks:read,types:read,schedules:read,schedules:write"
 
 
@@ -44,41 +45,59 @@ class Standing:
 
 
 class Mesh:
-    """One local mesh. The caller holds the lock of its state."""
+    """One local mesh. The caller holds the lock of its state.
 
-    def __init__(self, state: State, progress: Progress) -> None:
+    Args:
+        state: What is known of it.
+        progress: Is told what happens.
+        fleet: What it consists of.
+        by_way_of: Gives the URL of a database or a broker that the roles are told in its place, such as a proxy's.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        progress: Progress,
+        fleet: Fleet = FLEET,
+        *,
+        by_way_of: Callable[[str], str] = lambda url: url,
+    ) -> None:
         self._state = state
         self._progress = progress
+        self._fleet = fleet
+        self._by_way_of = by_way_of
         self._folders: Folders = state.folders
+        self._variables: dict[str, dict[str, str]] = {}
 
-    def up(self, names: Sequence[str] = NAMES) -> None:
-        """Start what is named and does not run; a role whose environment has changed is started again.
+    def up(self, names: Sequence[str] | None = None) -> None:
+        """Start what is named (None: all) and does not run; a role whose environment has changed is started again.
 
         Raises:
             PartMissing: A program is missing; the message says what to do.
             PartDidNotStart: A process ended at once or was not ready in time; the message holds the end of its log.
         """
+        names = self._fleet.names if names is None else names
         backing.take_given(self._state)
         database, broker = self._start_parts()
-        accesses = backing.create_accounts(self._state, database, broker, SERVICES)
+        accesses = backing.create_accounts(self._state, database, broker, self._fleet.services)
         self._state.save()
         self._start_pages([name for name in PAGES if name in names])
         self._state.save()
-        wanted = [role for role in ROLES if role.name in names]
+        wanted = [role for role in self._fleet.roles if role.name in names]
         missing = {role.service for role in wanted if self._state.process(role.name) is None}
-        if missing and len(wanted) == len(ROLES):
-            self._set_up(accesses, [service for service in SERVICES if service in missing])
+        if missing and len(wanted) == len(self._fleet.roles):
+            self._set_up(accesses, [service for service in self._fleet.services if service in missing])
         self._start_roles(wanted, accesses)
         if "gateway-api" in names:
             self._ensure_api_key(accesses["gateway"])
             environment.write(self._folders.env, self._exports(database, broker, accesses))
-        if len(wanted) == len(ROLES):
+        if len(wanted) == len(self._fleet.roles):
             self._wait_for_types()
         self._state.save()
 
     def down(self, *, purge: bool) -> None:
         """Stop everything: the door first, the parts last. Data stays, unless it is to be purged."""
-        stopping = [name for name in reversed(NAMES) if self._state.last_process(name)]
+        stopping = [name for name in reversed(self._fleet.names) if self._state.last_process(name)]
         with self._progress.step("Services", "finishing what they are doing") as notes:
             killed = self._stop([name for name in stopping if name not in PAGES])
             notes += [f"{name} had to be killed" for name in killed]
@@ -100,9 +119,15 @@ class Mesh:
 
     def standings(self) -> list[Standing]:
         """How every process of the mesh is, in the order of starting."""
-        return [self._standing(name) for name in NAMES]
+        return [self.standing(name) for name in self._fleet.names]
 
-    def _standing(self, name: str) -> Standing:
+    def relaunch(self, name: str) -> None:
+        """Start a role as `up` has started it, without waiting for it; what is left of it is killed first."""
+        role = next(role for role in self._fleet.roles if role.name == name)
+        self._launch(role, self._variables[name])
+
+    def standing(self, name: str) -> Standing:
+        """How one process of the mesh is."""
         if name == "postgres":
             database = backing.postgres(self._state)
             process = database.process if isinstance(database, Postgres) else None
@@ -123,7 +148,7 @@ class Mesh:
     def url(self, name: str) -> str:
         """Where the process of this name is reached over HTTP; empty if it is not."""
         port = self._state.ports.get(name)
-        return f"http://127.0.0.1:{port}" if port and name in PREFERRED_PORTS else ""
+        return f"http://127.0.0.1:{port}" if port and name in ADDRESSED else ""
 
     def management_url(self) -> str:
         """RabbitMQ's management page."""
@@ -149,7 +174,7 @@ class Mesh:
         with self._progress.step("Inbox and trace pages", "starting") as notes:
             for name in names:
                 if self._state.process(name) is None:
-                    ports = {"http": self._state.port(name, PREFERRED_PORTS[name])}
+                    ports = {"http": self._port(name)}
                     if name == "inbox":
                         ports["smtp"] = self._state.port("smtp")
                     options = [f"--{option}-port={port}" for option, port in ports.items()]
@@ -179,7 +204,7 @@ class Mesh:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             answer = subprocess.run(
-                [sys.executable, "-m", PACKAGES[service], "setup"],
+                [sys.executable, "-m", self._fleet.packages[service], "setup"],
                 env=environment.of_process(variables, mesh_file=self._folders.env),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -191,6 +216,7 @@ class Mesh:
 
     def _start_roles(self, roles: Sequence[Role], accesses: Mapping[str, Access]) -> None:
         variables = {role.name: self._role_variables(role, accesses[role.service]) for role in roles}
+        self._variables |= variables
         changed = [
             role.name
             for role in roles
@@ -203,16 +229,24 @@ class Mesh:
             return
         with self._progress.step("Services", "starting " + ", ".join(role.name for role in missing)) as notes:
             for role in missing:
-                # A killed role has left its file behind, which would call the new one ready at once.
-                (self._folders.health / f"{role.name}.ready").unlink(missing_ok=True)
-                self._spawn(role.name, [sys.executable, "-m", role.package, role.role], variables[role.name])
+                self._launch(role, variables[role.name])
             self._state.save()
             for role in missing:
                 self._wait_until_ready(role.name)
             notes.append("1 process" if len(missing) == 1 else f"{len(missing)} processes")
 
+    def _launch(self, role: Role, variables: Mapping[str, str]) -> None:
+        # A killed role has left its file behind, which would call the new one ready at once.
+        (self._folders.health / f"{role.name}.ready").unlink(missing_ok=True)
+        self._spawn(role.name, role.command, variables)
+
+    def _port(self, name: str) -> int:
+        """The port of a process that is about to start."""
+        return self._state.port(name, self._fleet.preferred_ports.get(name, ()))
+
     def _service_variables(self, service: str) -> dict[str, str]:
         variables = {
+            **self._fleet.variables,
             "TASKMESH_HEALTH_DIR": str(self._folders.health),
             "OTEL_EXPORTER_OTLP_ENDPOINT": self.url("traces"),
         }
@@ -224,12 +258,12 @@ class Mesh:
 
     def _role_variables(self, role: Role, access: Access) -> dict[str, str]:
         variables = self._service_variables(role.service) | {
-            "TASKMESH_DATABASE_URL": access.database.url,
-            "TASKMESH_AMQP_URL": access.broker.amqp_url,
+            "TASKMESH_DATABASE_URL": self._by_way_of(access.database.url),
+            "TASKMESH_AMQP_URL": self._by_way_of(access.broker.amqp_url),
         }
         if role.name == "gateway-api":
             running = self._state.process(role.name) is not None
-            port = self._state.ports[role.name] if running else self._state.port(role.name, PREFERRED_PORTS[role.name])
+            port = self._state.ports[role.name] if running else self._port(role.name)
             variables |= {"TASKMESH_HTTP_HOST": "127.0.0.1", "TASKMESH_HTTP_PORT": str(port)}
         return variables
 
@@ -305,15 +339,19 @@ class Mesh:
         return [item["type"] for item in answer.json()["items"]] if answer.is_success else None
 
     def _wait_for_types(self) -> None:
-        """Return when both workers' types can be submitted."""
-        if _has_both(self._get_types()):
+        """Return when every worker's types can be submitted."""
+        if self._has_all(self._get_types()):
             return
         with self._progress.step("Catalogue", "waiting for the workers' types"):
             deadline = time.monotonic() + READY_SECONDS
-            while not _has_both(self._get_types()):
+            while not self._has_all(self._get_types()):
                 if time.monotonic() > deadline:
                     raise PartDidNotStart("the gateway did not learn the workers' types; see `make logs`")
                 time.sleep(0.2)
+
+    def _has_all(self, types: list[str] | None) -> bool:
+        services = {name.partition(".")[0] for name in types or ()}
+        return services.issuperset(service for service in self._fleet.services if service != "gateway")
 
     def _exports(
         self,
@@ -338,11 +376,6 @@ class Mesh:
                 for service, access in accesses.items()
             },
         }
-
-
-def _has_both(types: list[str] | None) -> bool:
-    services = {name.partition(".")[0] for name in types or ()}
-    return services.issuperset(service for service in SERVICES if service != "gateway")
 
 
 def _without_password(url: str) -> str:
