@@ -1,20 +1,40 @@
 """The inbox: which tasks this service has dealt with, so that an effect happens once however often a message comes.
 
-One row for each task, written in the transaction of the effect. Concurrent deliveries of one task wait for each other
-at the row's lock; the second then finds the task finished, or its attempt superseded.
+One row for each task. It is written when an attempt starts, so that starts are counted whether or not they end, and
+again in the transaction of the effect. Concurrent deliveries of one task wait for each other; the second then finds the
+task finished, or its attempt superseded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from enum import StrEnum
 from uuid import UUID
 
-from sqlalchemy import Boolean, Column, DateTime, Integer, Table, Text, Uuid, func, select
+from sqlalchemy import (
+    Boolean,
+    Column,
+    Connection,
+    DateTime,
+    Exists,
+    Integer,
+    Table,
+    Text,
+    Uuid,
+    bindparam,
+    delete,
+    func,
+    select,
+    text,
+    tuple_,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningInsert
 
-from taskmesh.outbox import metadata
+from taskmesh.outbox import metadata, outbox
 
 
 class InboxState(StrEnum):
@@ -62,6 +82,112 @@ pauses = Table(
 """One row at most: whether the service's workers are paused, and since when."""
 
 
+@dataclass(frozen=True, slots=True)
+class CheckIn:
+    """What the inbox says to an attempt that starts.
+
+    Attributes:
+        starts: How often the task was started, this time included.
+        cancelled: Somebody wants the task cancelled.
+    """
+
+    starts: int
+    cancelled: bool
+
+
+# The start is not flushed to disk before the task runs. A worker that dies leaves it behind all the same; only when the
+# database dies in the same fraction of a second is a start forgotten, and the task may be tried once more.
+_CHECK_IN = text(
+    """
+    with relaxed as (select set_config('synchronous_commit', 'off', true))
+    insert into inbox (task_id, sequence, state, starts, started_at, worker)
+    select :task_id, :sequence - 1, 'waiting', 1, now(), :worker from relaxed
+    on conflict (task_id) do update set
+        starts = inbox.starts + :more, started_at = now(), worker = :worker, updated_at = now()
+    where inbox.state = 'waiting' and inbox.sequence < :sequence
+    returning starts
+    """
+).bindparams(bindparam("task_id", type_=Uuid))
+
+
+def check_in(
+    connection: Connection, task_id: UUID, sequence: int, worker: str, *, again: bool = False
+) -> CheckIn | None:
+    """Count the start of an attempt; None if the task is finished or a later attempt is under way.
+
+    Waits while another delivery of the task is in its last transaction.
+
+    Args:
+        connection: In autocommit: the start counts whatever becomes of the attempt.
+        task_id: The task.
+        sequence: The attempt's place; see `taskmesh.celery_protocol.sequence`.
+        worker: `host:pid`.
+        again: The attempt has been counted already, and begins anew after an outage of the database.
+    """
+    parameters = {"task_id": task_id, "sequence": sequence, "worker": worker, "more": 0 if again else 1}
+    starts = connection.execute(_CHECK_IN, parameters).scalar_one_or_none()
+    # Asked afterwards, because the statement may have waited for a delivery that was cancelled meanwhile.
+    return None if starts is None else CheckIn(starts, is_cancelled(connection, task_id))
+
+
+def is_cancelled(connection: Connection | Session, task_id: UUID) -> bool:
+    """True if somebody wants the task cancelled."""
+    return connection.execute(select(_cancellation_of(task_id))).scalar_one()
+
+
+def _cancellation_of(task_id: UUID) -> Exists:
+    return select(cancellations.c.task_id).where(cancellations.c.task_id == task_id).exists()
+
+
+def settle_retry_cancelled(session: Session, task_id: UUID) -> bool:
+    """End a task whose next attempt waits, and take that out of the outbox; False if no attempt waits."""
+    row = inbox.c.task_id == task_id
+    statement = (
+        update(inbox)
+        .where(row, inbox.c.state == InboxState.WAITING.value, inbox.c.started_at.is_(None))
+        .values(state=InboxState.CANCELLED.value, updated_at=func.now())
+        .returning(inbox.c.task_id)
+    )
+    if session.execute(statement).one_or_none() is None:
+        return False
+    session.execute(delete(outbox).where(outbox.c.task_id == task_id))
+    return True
+
+
+def lock_key(task_id: UUID) -> int:
+    """The key of the advisory lock that a task holds while it runs outside its transaction: both halves of its id."""
+    high, low = divmod(task_id.int, 1 << 64)
+    key = high ^ low
+    return key - (1 << 64) if key >= 1 << 63 else key
+
+
+def wait_alone(session: Session, task_id: UUID) -> None:
+    """Wait until no other delivery of the task runs, and keep others waiting until the caller's transaction ends.
+
+    Bound to a transaction and not to the session, so that it works behind a pooler of transactions.
+    """
+    session.execute(select(func.pg_advisory_xact_lock(lock_key(task_id))))
+
+
+def take_back_starts(session: Session, starts: Collection[tuple[UUID, str]]) -> None:
+    """Do not count these starts: the worker itself has ended them, for the tasks to be run elsewhere.
+
+    Args:
+        session: The caller commits.
+        starts: Task and `host:pid` of the process, which is gone. Another worker may have the task already; its start
+            is not touched.
+    """
+    session.execute(
+        update(inbox)
+        .where(
+            tuple_(inbox.c.task_id, inbox.c.worker).in_(starts),
+            inbox.c.state == InboxState.WAITING.value,
+            inbox.c.started_at.is_not(None),
+        )
+        .values(starts=func.greatest(inbox.c.starts - 1, 0), started_at=None)
+    )
+
+
 def claim(session: Session, task_id: UUID, sequence: int, state: InboxState) -> bool:
     """Write what becomes of an attempt; False if the task is finished or a later attempt is under way.
 
@@ -74,12 +200,6 @@ def _claim(task_id: UUID, sequence: int, state: InboxState) -> ReturningInsert[t
     statement = insert(inbox).values(task_id=task_id, sequence=sequence, state=state.value)
     return statement.on_conflict_do_update(
         index_elements=[inbox.c.task_id],
-        set_={"sequence": sequence, "state": state.value, "updated_at": func.now()},
+        set_={"sequence": sequence, "state": state.value, "started_at": None, "updated_at": func.now()},
         where=(inbox.c.state == InboxState.WAITING.value) & (inbox.c.sequence < sequence),
     ).returning(inbox.c.task_id)
-
-
-def is_open(session: Session, task_id: UUID, sequence: int) -> bool:
-    """True unless the attempt is finished or superseded; takes no lock."""
-    row = session.execute(select(inbox.c.state, inbox.c.sequence).where(inbox.c.task_id == task_id)).one_or_none()
-    return row is None or (row.state == InboxState.WAITING.value and row.sequence < sequence)

@@ -14,7 +14,7 @@ from kombu.entity import Exchange, Queue
 from kombu.serialization import dumps
 from pydantic import TypeAdapter
 from pydantic.errors import PydanticUserError
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from taskmesh import celery_protocol, exchanges, telemetry
 from taskmesh.celery_protocol import REDACTED
@@ -189,6 +189,10 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
         """A new session on this process's engine."""
         return TaskSession(self._engine_of_process())
 
+    def autocommit(self) -> Connection:
+        """A connection on this process's engine whose statements count at once; the caller closes it."""
+        return self._engine_of_process().connect().execution_options(isolation_level="AUTOCOMMIT")
+
     def dispose_connections(self) -> None:
         """Close pooled connections, so that the next attempt meets a database and not a dead socket."""
         if self._engine is not None:
@@ -198,8 +202,10 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
         if self._engine is None:
             settings = self.settings
             threads = settings.worker_concurrency if settings.worker_pool == "threads" else 1
-            # A task may hold its last transaction and a short one of `self.transaction()`.
-            self._engine = sync_engine(settings.database_url, pool_size=threads, max_overflow=threads)
+            # In transaction mode "last" a task holds its lock, and beside it what it uses for its steps.
+            kept = 2 if any(task.transaction_mode == "last" for task in self.mesh_tasks()) else 1
+            # It may hold its last transaction and a short one of `self.transaction()`.
+            self._engine = sync_engine(settings.database_url, pool_size=kept * threads, max_overflow=threads)
         return self._engine
 
     # Announcing

@@ -9,29 +9,31 @@ from __future__ import annotations
 import logging
 import os
 import random
-import re
 import socket
 import time
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn
 from uuid import UUID
 
 from celery.canvas import maybe_signature
-from celery.exceptions import Ignore, MaxRetriesExceededError, Reject, Retry, SoftTimeLimitExceeded
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from opentelemetry.trace import Span, SpanKind, StatusCode
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 
 from taskmesh import celery_protocol, inbox, lifecycle, logs, outbox, telemetry
 from taskmesh.contracts.lifecycle import LifecycleEvent, TaskFailure, TaskKind, TaskState
 from taskmesh.database import is_unavailable
-from taskmesh.errors import ContractViolation, PermanentError, TaskmeshError
+from taskmesh.errors import ContractViolation, TaskCancelled
 from taskmesh.inbox import InboxState
 from taskmesh.outbox import OutboxMessage
 from taskmesh.worker import unit as units
+from taskmesh.worker.failures import Poison, describe, describe_violation, qualified_name
+from taskmesh.worker.reports import started
 from taskmesh.worker.unit import AlreadySettled, Key, Unit
+from taskmesh.worker.values import PAYLOAD_MAX_BYTES, bounded, celery_payload, plain
 
 if TYPE_CHECKING:
     from taskmesh.worker.task import MeshTask
@@ -45,24 +47,12 @@ WORKER_NAME = socket.gethostname()
 RERUNS = 25
 RERUN_WAIT_MAX_SECONDS = 30.0
 
-# The broker counts every delivery that was not acknowledged: crashes, but also drains and lost connections.
-# So a task is given this many beyond its first, whatever its own limit, before it is called poison.
-REDELIVERIES_MIN = 3
-
-RESULT_MAX_BYTES = 64 * 1024
-
-# After an even number of backslashes, which are escaped ones.
-NULL_CHARACTER = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
+# How often the worker of a task without a limit of its own may be lost before the task is called poison.
+LOSSES_MAX = 10
 
 
 class Settled(Ignore):  # type: ignore[misc]  # Celery has no types
     """The outcome is committed: acknowledge, and do nothing more."""
-
-
-class Poison(PermanentError):
-    """The task was delivered too often without an outcome."""
-
-    code = "poison"
 
 
 class Attempt:
@@ -82,6 +72,10 @@ class Attempt:
         self.due_at = _time(self.headers.get(celery_protocol.ETA_HEADER))
         self.redeliveries = int(self.headers.get("x-delivery-count") or 0)
         self.started_at = datetime.now(UTC)
+        self.worker = f"{WORKER_NAME}:{os.getpid()}"
+        self.retries: int = request.retries or 0
+        # Of this task, this one included; 0 until the inbox has counted it.
+        self.starts = 0
 
     def run(self) -> Any:
         """Run the task and commit its outcome.
@@ -114,8 +108,13 @@ class Attempt:
 
     @property
     def attempt(self) -> int:
-        """Counts runs from 1."""
-        return (self.request.retries or 0) + 1
+        """Counts starts from 1, those that were lost included."""
+        return self.starts or self.retries + 1
+
+    @property
+    def losses(self) -> int:
+        """How many earlier starts came to no end: their worker was killed, or ran out of memory or time."""
+        return max(0, self.starts - 1 - self.retries)
 
     def _run(self, span: Span) -> Any:
         """Run the task, and again each time that its database was lost."""
@@ -133,30 +132,55 @@ class Attempt:
 
     def _settled(self, span: Span) -> Any:
         unit = Unit(Key(self.task_id, self.sequence), self.task.app.sessions)
-        with units.running(unit):
+        with units.running(unit), self._alone():
             try:
                 self._check_in(unit)
-                arguments, keywords = self._arguments()
-                if self.task.transaction_mode == "whole":
-                    unit.open()
             except AlreadySettled:
                 self._skip(span)
+            except TaskCancelled:
+                self._cancel(unit, span)
             except Poison as error:
-                self._fail(unit, error, span)
-            except ContractViolation as error:
-                self._dead_letter(unit, error, span)
-            try:
-                result = self.task.run(*arguments, **keywords)
-                self._follow(unit, result)
-            except AlreadySettled:
-                self._skip(span)
-            except (Ignore, Retry, Reject) as outcome:
-                self._settle_outcome(unit, outcome, span)
-            except Exception as error:
-                if is_unavailable(error):
-                    raise
-                self._fail(unit, error, span)
-            return self._succeed(unit, result, span)
+                self._fail(unit, error, span, park=True)
+            span.set_attribute("taskmesh.task.attempt", self.attempt)
+            with logs.facts(attempt=self.attempt):
+                return self._execute(unit, span)
+
+    def _execute(self, unit: Unit, span: Span) -> Any:
+        try:
+            arguments, keywords = self._arguments()
+            if self.task.transaction_mode == "whole":
+                unit.open()
+        except AlreadySettled:
+            self._skip(span)
+        except ContractViolation as error:
+            self._fail(unit, error, span, park=True)
+        try:
+            result = self.task.run(*arguments, **keywords)
+            self._follow(unit, result)
+        except AlreadySettled:
+            self._skip(span)
+        except TaskCancelled:
+            self._cancel(unit, span)
+        except (Ignore, Retry, Reject) as outcome:
+            self._settle_outcome(unit, outcome, span)
+        except Exception as error:
+            if is_unavailable(error):
+                raise
+            self._fail(unit, error, span)
+        return self._succeed(unit, result, span)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other deliveries of the task waiting; in transaction mode "whole" the inbox row's lock does."""
+        if self.task.transaction_mode == "whole":
+            yield
+            return
+        session = self.task.app.sessions()
+        try:
+            inbox.wait_alone(session, self.task_id)
+            yield
+        finally:
+            units.give_up(session)
 
     def _skip(self, span: Span) -> NoReturn:
         span.set_attribute("taskmesh.outcome", "duplicate")
@@ -164,23 +188,39 @@ class Attempt:
         raise Settled
 
     def _check_in(self, unit: Unit) -> None:
-        """Settle at once what is not to be run: early, late, crashed too often, or done already."""
+        """Count the start, and settle at once what is not to be run.
+
+        Raises:
+            AlreadySettled: The task is finished, or a later attempt is under way.
+            TaskCancelled: Somebody wants it cancelled.
+            Poison: Its worker was lost, and no attempt is left.
+        """
         if self.due_at and self.due_at > datetime.now(UTC):
             self._defer(unit)
         if self.expires_at and self.expires_at <= datetime.now(UTC):
             unit.settle_without_effect(InboxState.EXPIRED, [self._report(TaskState.EXPIRED)])
             logger.info("task expired")
             raise Settled
-        limit = self.task.max_retries
-        if limit is not None and self.redeliveries >= max(REDELIVERIES_MIN, limit + 1):
+        with self.task.app.autocommit() as connection:
+            entry = inbox.check_in(connection, self.task_id, self.sequence, self.worker, again=self.starts > 0)
+        if entry is None:
+            raise AlreadySettled
+        self.starts = entry.starts
+        if entry.cancelled:
+            raise TaskCancelled("cancelled before its attempt began")
+        if self.losses and self._spent(self.starts - 1):
             raise Poison(
-                f"delivered {self.redeliveries + 1} times without an outcome: the task kills its worker, hangs, or its"
-                " worker was stopped each time"
+                f"started {self.starts - 1} times, and {self.losses} times without an end: the task kills its worker,"
+                " uses up its memory or its time, or the worker was killed; no attempt is left"
             )
-        if self.task.transaction_mode == "last":
-            with self.task.app.sessions() as session:
-                if not inbox.is_open(session, self.task_id, self.sequence):
-                    raise AlreadySettled
+
+    def _spent(self, starts: int) -> bool:
+        """True if no attempt is left after so many starts."""
+        if self.task.max_retries is None:
+            return self.losses >= LOSSES_MAX
+        # A task may have granted itself more retries than it was declared with: then only losses count.
+        spent = starts if self.retries <= self.task.max_retries else self.losses
+        return spent > self.task.max_retries
 
     def _defer(self, unit: Unit) -> NoReturn:
         """Move a task that plain Celery published with an `eta` out of the worker and into the outbox."""
@@ -191,6 +231,7 @@ class Attempt:
             InboxState.WAITING,
             [self.task.redelivery(due_at=self.due_at), self._report(TaskState.SCHEDULED, due_at=self.due_at)],
         )
+        self._end_if_cancelled()
         raise Settled
 
     def _arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -252,10 +293,13 @@ class Attempt:
                 return TaskState.SUCCEEDED
             # `retry(throw=False)` or `replace()`: the task goes on under the same id, and this attempt's work counts.
             report = self._report(TaskState.RETRYING, due_at=onward.due_at, children=children)
-            unit.settle(InboxState.WAITING, [*unit.messages, report])
+            nesting = self.request.replaced_task_nesting or 0
+            replaced = (onward.headers.get("replaced_task_nesting") or 0) > nesting
+            unit.settle(InboxState.WAITING, [*unit.messages, report], replaced=replaced)
         except AlreadySettled:
             logger.info("outcome dropped: another delivery has settled the attempt")
             raise Settled from None
+        self._end_if_cancelled()
         return TaskState.RETRYING
 
     def _settle_outcome(self, unit: Unit, outcome: BaseException, span: Span) -> NoReturn:
@@ -276,6 +320,8 @@ class Attempt:
         if onward is None:
             self._fail(unit, RuntimeError("Retry was raised by hand; call self.retry()"), span)
         cause = outcome.exc if isinstance(outcome.exc, BaseException) else None
+        if self.losses and self._spent(self.starts):
+            self._fail(unit, cause or Poison("its worker was lost before, and no attempt is left"), span)
         failure = describe(cause) if cause else TaskFailure(code="retry", message="the task asked for a retry")
         due_at = _no_sooner(onward.due_at, cause)
         onward = _with_due_at(onward, due_at)
@@ -287,23 +333,59 @@ class Attempt:
         self._mark(span, cause or outcome)
         span.set_attribute("taskmesh.outcome", "retrying")
         logger.warning("attempt failed; task will be retried", extra={"code": failure.code, "due_at": due_at})
+        self._end_if_cancelled()
         self._call(self.task.on_retry, outcome)
         raise Settled
 
-    def _fail(self, unit: Unit, error: BaseException, span: Span) -> NoReturn:
+    def _end_if_cancelled(self) -> None:
+        """End the task here if somebody wants it cancelled: its next attempt may be due in an hour.
+
+        Asked after the commit that lets the next attempt wait: a cancellation that arrives later finds it waiting.
+        """
+        with self.task.app.sessions() as session:
+            if inbox.is_cancelled(session, self.task_id) and inbox.settle_retry_cancelled(session, self.task_id):
+                outbox.put(session, [self._report(TaskState.CANCELLED)])
+                session.may_commit = True
+                session.commit()
+                logger.info("task cancelled")
+
+    def _cancel(self, unit: Unit, span: Span) -> NoReturn:
+        unit.messages.clear()
+        try:
+            unit.settle_without_effect(InboxState.CANCELLED, [self._report(TaskState.CANCELLED)])
+        except AlreadySettled:
+            self._skip(span)
+        span.set_attribute("taskmesh.outcome", "cancelled")
+        logger.info("task cancelled")
+        raise Settled
+
+    def _fail(self, unit: Unit, error: BaseException, span: Span, *, park: bool = False) -> NoReturn:
+        """End the task; with `park` its message goes to the dead letters, where a person sees it as it came."""
         unit.messages.clear()
         self._send_errbacks()
         failure = describe(error)
-        report = self._report(TaskState.FAILED, failure=failure, children=self._children(unit.messages))
+        children = self._children(unit.messages)
+        report = self._report(TaskState.FAILED, failure=failure, children=children, payload=self._payload())
         try:
             unit.settle_without_effect(InboxState.FAILED, [*unit.messages, report])
         except AlreadySettled:
             self._skip(span)
         self._mark(span, error)
-        span.set_attribute("taskmesh.outcome", "failed")
-        logger.error("task failed", exc_info=error, extra={"code": failure.code, "redeliveries": self.redeliveries})
+        span.set_attribute("taskmesh.outcome", "dead-lettered" if park else "failed")
+        logger.error("task failed", exc_info=error, extra={"code": failure.code, "losses": self.losses})
         self._call(self.task.on_failure, error)
+        if park:
+            raise Reject(error, requeue=False)
         raise Settled
+
+    def _payload(self) -> dict[str, Any] | None:
+        """What the task was asked to do, if it can be asked again: the gateway has not seen what services send."""
+        try:
+            payload = dict(celery_payload(self.args, self.kwargs))
+            bounded(payload, PAYLOAD_MAX_BYTES)
+        except (ContractViolation, TypeError, ValueError):
+            return None
+        return payload
 
     def _call(self, hook: Callable[..., Any], error: BaseException) -> None:
         """Tell the task's own hook of an outcome, which stands whatever the hook does."""
@@ -321,19 +403,6 @@ class Attempt:
             except Exception:
                 # Whatever its sender made of it, the failure must be told.
                 logger.exception("link_error could not be sent")
-
-    def _dead_letter(self, unit: Unit, error: ContractViolation, span: Span) -> NoReturn:
-        """Tell the ledger why, and park the message: mended and replayed, it finds the inbox open."""
-        self._send_errbacks()
-        report = self._report(TaskState.FAILED, failure=describe(error), children=self._children(unit.messages))
-        with self.task.app.sessions() as session:
-            outbox.put(session, [*unit.messages, report])
-            session.may_commit = True
-            session.commit()
-        self._mark(span, error)
-        span.set_attribute("taskmesh.outcome", "dead-lettered")
-        logger.error("message dead-lettered: payload violates the contract", extra={"violation": str(error)})
-        raise Reject(error, requeue=False)
 
     def _own(self, messages: list[OutboxMessage]) -> OutboxMessage | None:
         """The message that carries this same task on, if the task sent one."""
@@ -356,6 +425,7 @@ class Attempt:
         result: Any = None,
         failure: TaskFailure | None = None,
         children: tuple[LifecycleEvent, ...] = (),
+        payload: dict[str, Any] | None = None,
     ) -> OutboxMessage:
         return lifecycle.message(
             LifecycleEvent(
@@ -374,9 +444,10 @@ class Attempt:
                 due_at=due_at,
                 expires_at=self.expires_at,
                 started_at=self.started_at,
-                worker=f"{WORKER_NAME}:{os.getpid()}",
+                worker=self.worker,
                 result=result,
                 failure=failure,
+                payload=payload,
                 children=children,
             )
         )
@@ -408,97 +479,6 @@ class Attempt:
     def _mark(self, span: Span, error: BaseException) -> None:
         span.set_status(StatusCode.ERROR, describe(error).code)
         span.set_attribute("error.type", qualified_name(error))
-
-
-def started(message: OutboxMessage, service: str) -> LifecycleEvent:
-    """What the ledger is told of a task or an event on its way out."""
-    task = celery_protocol.read(message.headers, ([], {}, None))
-    now = datetime.now(UTC)
-    later = message.due_at is not None and message.due_at > now
-    return LifecycleEvent(
-        task_id=task.id,
-        type=task.type,
-        state=TaskState.SCHEDULED if later else TaskState.QUEUED,
-        at=now,
-        service=service,
-        kind=task.kind,
-        event_id=task.id if task.kind is TaskKind.EVENT else None,
-        root_id=task.root_id,
-        parent_id=task.parent_id,
-        traceparent=task.traceparent,
-        due_at=message.due_at,
-        expires_at=message.expires_at,
-    )
-
-
-def celery_payload(args: tuple[Any, ...] | list[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The contract's fields, given as keyword arguments or as one positional mapping, as plain Celery may do.
-
-    Raises:
-        ContractViolation: They come in some other form.
-    """
-    if not args:
-        return kwargs
-    if len(args) == 1 and not kwargs and isinstance(args[0], Mapping):
-        return cast("Mapping[str, Any]", args[0])
-    raise ContractViolation("send the contract's fields as keyword arguments, or as one positional mapping")
-
-
-def describe_violation(error: ValidationError) -> str:
-    """What is wrong and where, without the value: it may be personal."""
-    places = [f"/{'/'.join(str(part) for part in item['loc'])}: {item['type']}" for item in error.errors()[:10]]
-    return "; ".join(places)
-
-
-def describe(error: BaseException) -> TaskFailure:
-    """What the ledger may know of an error: our own words for our own errors, only the place for others."""
-    if isinstance(error, TaskmeshError):
-        return TaskFailure(code=error.code, message=_storable(str(error))[:2000], exception=qualified_name(error))
-    if isinstance(error, SoftTimeLimitExceeded):
-        return TaskFailure(
-            code="time_limit", message="the soft time limit was exceeded", exception=qualified_name(error)
-        )
-    if isinstance(error, MaxRetriesExceededError):
-        return TaskFailure(code="retries_exhausted", message="no retry is left", exception=qualified_name(error))
-    # The text of a foreign exception often quotes the data that it choked on.
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""  # noqa: PTH119
-    return TaskFailure(
-        code="exception",
-        message=f"{type(error).__name__}{place}; see the worker's log",
-        exception=qualified_name(error),
-    )
-
-
-def _storable(text: str) -> str:
-    """The text without what PostgreSQL cannot keep: U+0000, and halves of surrogate pairs."""
-    return text.replace("\x00", "\N{SYMBOL FOR NULL}").encode("utf-8", "replace").decode()
-
-
-def qualified_name(error: BaseException) -> str:
-    """`module.Class` of an exception."""
-    return f"{type(error).__module__}.{type(error).__qualname__}"
-
-
-def plain(value: Any) -> Any:
-    """The JSON form of what a task returned."""
-    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-
-
-def bounded(value: Any) -> Any:
-    """The value, if it is JSON and small enough for the ledger.
-
-    Raises:
-        ValueError: The ledger could not keep it, or it is too large: then return a reference into the object store.
-        TypeError: It is not JSON.
-    """
-    encoded = lifecycle.json_bytes(value)
-    if NULL_CHARACTER.search(encoded):
-        raise ValueError("result with the character U+0000, which PostgreSQL cannot keep")
-    size = len(encoded)
-    if size > RESULT_MAX_BYTES:
-        raise ValueError(f"result of {size} bytes; at most {RESULT_MAX_BYTES}, return a reference instead")
-    return value
 
 
 def _no_sooner(due_at: datetime | None, cause: BaseException | None) -> datetime | None:

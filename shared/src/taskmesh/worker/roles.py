@@ -76,6 +76,8 @@ def work(app: WorkerApp, settings: WorkerSettings) -> int:
     from celery import signals
     from celery.apps import worker as celery_program
 
+    from taskmesh.worker.shutdown import Shutdown
+
     logs.configure(settings.log_format, settings.log_level, app.service, "worker")
     app.configure(settings)
 
@@ -116,9 +118,12 @@ def work(app: WorkerApp, settings: WorkerSettings) -> int:
         without_heartbeat=True,
         quiet=True,
     )
+    shutdown = Shutdown(app, worker, seconds=settings.soft_shutdown_seconds)
+    shutdown.install()
     try:
         worker.start()
     finally:
+        shutdown.take_back_starts()
         health.stopped()
     return int(worker.exitcode or 0)
 

@@ -20,7 +20,10 @@ from taskmesh.contracts.lifecycle import TaskKind
 from taskmesh.errors import ContractViolation, PermanentError, TransientError
 from taskmesh.outbox import OutboxMessage
 from taskmesh.worker import unit as units
-from taskmesh.worker.attempt import Attempt, celery_payload, describe_violation, started
+from taskmesh.worker.attempt import Attempt
+from taskmesh.worker.failures import describe_violation
+from taskmesh.worker.reports import started
+from taskmesh.worker.values import celery_payload
 
 if TYPE_CHECKING:
     from taskmesh.worker.app import WorkerApp

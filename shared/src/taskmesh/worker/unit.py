@@ -91,8 +91,13 @@ class Unit:
             raise AlreadySettled
         return session
 
-    def settle(self, state: InboxState, messages: list[OutboxMessage]) -> None:
+    def settle(self, state: InboxState, messages: list[OutboxMessage], *, replaced: bool = False) -> None:
         """Commit the effect, the attempt's place in the inbox, and the messages.
+
+        Args:
+            state: What becomes of the attempt.
+            messages: What leaves with it.
+            replaced: The task goes on as another one under the same id, whose starts are counted anew.
 
         Raises:
             AlreadySettled: The inbox knows the attempt.
@@ -101,7 +106,7 @@ class Unit:
         if self._savepoint is not None and self._savepoint.is_active:
             self._savepoint.commit()
         if state is not InboxState.SUCCEEDED:
-            self._record(session, state)
+            self._record(session, state, **({"starts": 0} if replaced else {}))
         outbox.put(session, messages)
         session.may_commit = True
         session.commit()
@@ -119,8 +124,9 @@ class Unit:
         session.may_commit = True
         session.commit()
 
-    def _record(self, session: TaskSession, state: InboxState) -> None:
-        session.execute(update(inbox.inbox).where(inbox.inbox.c.task_id == self.key.task_id).values(state=state.value))
+    def _record(self, session: TaskSession, state: InboxState, **values: int) -> None:
+        mine = inbox.inbox.c.task_id == self.key.task_id
+        session.execute(update(inbox.inbox).where(mine).values(state=state.value, **values))
 
     def _undo(self) -> None:
         """Back to the claim if the transaction is sound; else drop it, and the claim with it."""

@@ -1,0 +1,159 @@
+"""How a worker stops: it takes no more tasks, finishes what runs within the time it has, and gives the rest back.
+
+Celery does this in its signal handler, where it sleeps while tasks end unseen, and where it may find the main thread in
+the middle of writing a frame and wait for ever for the answer to its own. Here the handler only rings: the work is done
+in the consumer's loop, which goes on to settle what ends, and stops as soon as nothing runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from celery.apps.worker import on_cold_shutdown
+from celery.worker import state
+from sqlalchemy.exc import SQLAlchemyError
+
+from taskmesh import inbox
+from taskmesh.worker.attempt import WORKER_NAME
+
+if TYPE_CHECKING:
+    from taskmesh.worker.app import WorkerApp
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.05
+
+# A loop that has not answered for so long is not turning: it waits for a broker that is away, or does not answer.
+RING_SECONDS = 2.0
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+
+
+class Shutdown:
+    """Stops one worker when the process is told to.
+
+    Args:
+        app: Of the worker.
+        worker: Celery's; its program.
+        seconds: How long running tasks may go on.
+    """
+
+    def __init__(self, app: WorkerApp, worker: Any, *, seconds: float) -> None:
+        self._app = app
+        self._worker = worker
+        self._seconds = seconds
+        self._rung = False
+        self._deadline: float | None = None
+        self._ended: list[tuple[UUID, str]] = []
+
+    def install(self) -> None:
+        """Take the place of Celery's handlers, which it installs when the worker starts."""
+        install = self._worker.install_platform_tweaks
+
+        def install_ours(worker: Any) -> None:
+            install(worker)
+            for number in STOP_SIGNALS:
+                signal.signal(number, self._on_signal)
+            signal.signal(signal.SIGALRM, self._on_silence)
+
+        self._worker.install_platform_tweaks = install_ours
+
+    def take_back_starts(self) -> None:
+        """Have the starts that this shutdown has ended not counted; called when their processes are gone."""
+        if not self._ended:
+            return
+        try:
+            with self._app.sessions() as session:
+                inbox.take_back_starts(session, self._ended)
+                session.may_commit = True
+                session.commit()
+        except SQLAlchemyError:
+            # They then count as lost: each of these tasks has one attempt less.
+            logger.warning("starts could not be taken back", extra={"tasks": len(self._ended)})
+
+    def _on_signal(self, *_: object) -> None:
+        if self._rung:
+            # Told twice: there is no time left.
+            self._deadline = time.monotonic()
+            return
+        self._rung = True
+        hub = getattr(self._worker, "hub", None)
+        if self._app.settings.worker_pool != "prefork":
+            # The consumer looks at this flag between two messages; Celery then waits for the tasks, however long.
+            state.should_stop = os.EX_OK
+            threading.Thread(target=self._give_up_in_time, daemon=True).start()
+        elif hub is None:
+            # Nothing has begun.
+            state.should_stop = os.EX_OK
+        else:
+            hub.call_soon(self._begin)
+            signal.setitimer(signal.ITIMER_REAL, RING_SECONDS)
+
+    def _on_silence(self, *_: object) -> None:
+        """The loop did not take the call: it is connecting, or is stuck in it."""
+        if self._deadline is None:
+            self._deadline = time.monotonic()
+            self._stop_at_once()
+
+    def _begin(self) -> None:
+        """Take no more messages, then look now and then whether all is done."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if self._deadline is not None:
+            return
+        self._deadline = time.monotonic() + self._seconds
+        logger.info("worker stops", extra={"running": len(state.reserved_requests)})
+        consumer = self._worker.consumer
+        if consumer.task_consumer is not None:
+            try:
+                consumer.task_consumer.cancel()
+            except (*consumer.connection_errors, *consumer.channel_errors):
+                # The messages go back to their queues all by themselves.
+                logger.debug("consumer was cancelled by the loss of its connection")
+        self._look()
+
+    def _look(self) -> None:
+        assert self._deadline is not None
+        if not state.reserved_requests:
+            state.should_stop = os.EX_OK
+        elif time.monotonic() >= self._deadline:
+            self._stop_at_once()
+        else:
+            self._worker.timer.call_after(LOOK_SECONDS, self._look)
+
+    def _stop_at_once(self) -> None:
+        """Kill what still runs; its messages go back, and its starts are not counted."""
+        self._ended = self._running()
+        if self._ended:
+            logger.warning("tasks given back: they have not ended in time", extra={"tasks": len(self._ended)})
+        # Its own wait is over before it begins.
+        self._app.conf.worker_soft_shutdown_timeout = 0
+        try:
+            if getattr(self._worker, "consumer", None) is not None:
+                on_cold_shutdown(self._worker)
+        finally:
+            state.should_terminate = True
+
+    def _give_up_in_time(self) -> None:
+        """Of pools that cannot kill a task: end the process when the time is up."""
+        self._deadline = time.monotonic() + self._seconds
+        while time.monotonic() < self._deadline:
+            time.sleep(LOOK_SECONDS)
+        if not state.active_requests:
+            return
+        self._ended = self._running()
+        logger.warning("tasks given back: they have not ended in time", extra={"tasks": len(self._ended)})
+        self.take_back_starts()
+        os._exit(os.EX_OK)
+
+    def _running(self) -> list[tuple[UUID, str]]:
+        return [
+            (UUID(request.id), f"{WORKER_NAME}:{request.worker_pid}")
+            for request in tuple(state.active_requests)
+            if request.worker_pid
+        ]
