@@ -27,7 +27,10 @@ READY_SECONDS = 90.0
 STOP_SECONDS = 30.0
 ADDRESSED = ("gateway-api", *PAGES)
 """The processes that are reached over HTTP."""
-SCOPES = "tasks:write,tasks:read,types:read,schedules:read,schedules:write"
+SCOPES = (
+    "tasks:write,tasks:read,types:read,schedules:read,schedules:write,services:write,"
+    "dead-letters:read,dead-letters:write,reconciliation:read,reconciliation:write"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,6 +139,11 @@ TaskReader = Annotated[Client, Depends(requires(Scope.TASKS_READ))]
 TypeReader = Annotated[Client, Depends(requires(Scope.TYPES_READ))]
 ScheduleReader = Annotated[Client, Depends(requires(Scope.SCHEDULES_READ))]
 ScheduleWriter = Annotated[Client, Depends(requires(Scope.SCHEDULES_WRITE))]
+ServiceWriter = Annotated[Client, Depends(requires(Scope.SERVICES_WRITE))]
+DeadLetterReader = Annotated[Client, Depends(requires(Scope.DEAD_LETTERS_READ))]
+DeadLetterWriter = Annotated[Client, Depends(requires(Scope.DEAD_LETTERS_WRITE))]
+ReconciliationReader = Annotated[Client, Depends(requires(Scope.RECONCILIATION_READ))]
+ReconciliationWriter = Annotated[Client, Depends(requires(Scope.RECONCILIATION_WRITE))]
 
 
 async def create_key(connection: AsyncConnection, name: str, scopes: Sequence[Scope]) -> str:
