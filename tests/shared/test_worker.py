@@ -239,7 +239,7 @@ def test_a_payload_that_violates_its_contract_is_dead_lettered_with_its_reason(o
     failure = eventually(lambda: [e for e in orders.events(task_id) if e.state == "failed"])[0].failure
     assert failure is not None and failure.code == "contract_violation" and "/mode" in failure.message
     assert eventually(lambda: orders.dead_letters() == before + 1)
-    assert orders.state(task_id) is None
+    assert orders.state(task_id) == "failed"
 
 
 def test_a_child_killed_before_the_commit_leaves_one_effect(orders: Orders) -> None:
