@@ -5,6 +5,8 @@ PYTHON := .venv/bin/python
 LOCAL := $(PYTHON) -m taskmesh_local
 # Made by deploy/local/bootstrap once the workspace is installed; older than the lock means: install again.
 INSTALLED := .venv/.installed
+# `make test RABBITMQ=4`, `make up RABBITMQ=4`: see docs/rabbitmq.md.
+export TASKMESH_RABBITMQ := $(or $(RABBITMQ),$(TASKMESH_RABBITMQ))
 
 .PHONY: help install up down status logs demo test check fmt
 
@@ -32,7 +34,7 @@ logs: $(INSTALLED) ## Print the logs: make logs name=billing-worker follow=1
 demo: $(INSTALLED) ## Send 30 invoices through the mesh and watch them; starts the mesh when it is down
 	@$(LOCAL) demo $(args)
 
-test: $(INSTALLED) ## Run all tests but the fault campaign, with real servers they start themselves
+test: $(INSTALLED) ## Run all tests but the fault campaign, with real servers they start themselves; RABBITMQ=4 takes that release
 	@$(PYTHON) -m pytest -n 2 -m "not faults" $(args)
 
 check: $(INSTALLED) ## Lint, formatting, types, and who may import whom

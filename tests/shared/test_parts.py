@@ -21,7 +21,7 @@ from taskmesh.parts.accounts import data_folder, unprivileged
 from taskmesh.parts.ports import RANGE, free_port, is_free
 from taskmesh.parts.postgres import GivenPostgres, Postgres, create_service_database
 from taskmesh.parts.processes import Process, spawn
-from taskmesh.parts.rabbitmq import RabbitMQ, create_service_users
+from taskmesh.parts.rabbitmq import RabbitMQ, create_service_users, programs
 from taskmesh.parts.spans import read_spans
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -143,7 +143,8 @@ def test_a_killed_rabbitmq_comes_back_with_its_messages_and_leaves_no_epmd(tmp_p
 
 def test_a_machine_without_rabbitmq_says_what_to_do_in_one_line(tmp_path, monkeypatch):
     """Each way out is in the line: the package, Docker, a given server."""
-    monkeypatch.setattr(rabbitmq, "installed_server", lambda: None)
+    monkeypatch.setattr(programs, "installed_server", lambda: None)
+    monkeypatch.delenv("TASKMESH_RABBITMQ", raising=False)
     monkeypatch.setenv("DOCKER_HOST", f"tcp://127.0.0.1:{free_port()}")
 
     with pytest.raises(PartMissing) as missing:
