@@ -39,6 +39,12 @@ MANIFESTS_CHANNEL = "gateway_manifests"
 SCHEDULES_CHANNEL = "gateway_schedules"
 """Notified, without a payload, whenever the next fire of a schedule may have come nearer."""
 
+SIGHTINGS_CHANNEL = "gateway_sightings"
+"""Notified, without a payload, whenever a service has answered an inquiry."""
+
+AUDITS_CHANNEL = "gateway_audits"
+"""Notified by whoever wants an audit at once; the payload is the grace in seconds, or empty for the usual one."""
+
 tasks = Table(
     "tasks",
     metadata,
@@ -264,12 +270,13 @@ broker_queues = Table(
     Column("observed_at", DateTime(timezone=True), nullable=False),
 )
 
-# The newest answer of a service about a task.
+# The newest answer of each service about a task, or about an event that tasks listen to.
 sightings = Table(
     "sightings",
     metadata,
     Column("task_id", Uuid, primary_key=True),
-    Column("service", Text, nullable=False),
+    Column("service", Text, primary_key=True),
+    Column("inquiry_id", Uuid, nullable=False),
     Column("state", Text, nullable=False),
     Column("sequence", Integer),
     Column("starts", Integer),
@@ -278,6 +285,7 @@ sightings = Table(
     Column("due_at", DateTime(timezone=True)),
     Column("alive", Boolean),
     Column("seen_at", DateTime(timezone=True), nullable=False),
+    Index("sightings_seen", "seen_at"),
 )
 
 audits = Table(
@@ -297,13 +305,19 @@ audits = Table(
     Column("detail", JSONB, nullable=False, server_default=text("'{}'")),
 )
 
+# Tasks that an audit could not account for. Suspects first: an audit later they are named, or accounted for again.
 unaccounted_tasks = Table(
     "unaccounted_tasks",
     metadata,
     Column("task_id", Uuid, primary_key=True),
     Column("service", Text, nullable=False),
     Column("type", Text, nullable=False),
-    Column("since", DateTime(timezone=True), nullable=False),
+    # What is known of it; a verdict needs two audits that find the same.
+    Column("mark", Text, nullable=False),
+    # NULL once it is accounted for again; the row then only remembers how often it was re-driven.
+    Column("since", DateTime(timezone=True)),
+    # NULL until it is named.
+    Column("confirmed_at", DateTime(timezone=True)),
     Column("last_seen_at", DateTime(timezone=True)),
     Column("last_seen_where", Text),
     Column("redriven_at", DateTime(timezone=True)),

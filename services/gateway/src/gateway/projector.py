@@ -20,14 +20,16 @@ from pydantic import ValidationError
 from sqlalchemy.exc import DataError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from gateway import catalogue, dead_letters, idempotency, ledger, lineage, schedules
+from gateway import catalogue, dead_letters, idempotency, ledger, lineage, schedules, sightings
 from gateway.dead_letters import DeadLetter
 from gateway.transactions import transaction
 from taskmesh import lifecycle, telemetry
 from taskmesh.consuming import Delivery
+from taskmesh.contracts.control import Sightings
 from taskmesh.contracts.lifecycle import LifecycleEvent
 from taskmesh.contracts.manifest import Manifest
 from taskmesh.errors import DatabaseUnavailable
+from taskmesh.sightings import ROUTING_KEY as SIGHTINGS_KEY
 from taskmesh.topology import DEAD_QUEUE, LIFECYCLE_QUEUE
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class _Batch:
     events: list[LifecycleEvent] = field(default_factory=list)
     manifests: dict[str, Manifest] = field(default_factory=dict)
     letters: list[DeadLetter] = field(default_factory=list)
+    sightings: list[Sightings] = field(default_factory=list)
 
 
 class Projector:
@@ -83,6 +86,8 @@ class Projector:
             await dead_letters.store(connection, batch.letters)
             for manifest in batch.manifests.values():
                 await _announce(connection, manifest)
+            # After the events that were told before them.
+            await sightings.store(connection, batch.sightings)
         for letter in batch.letters:
             logger.error(
                 "dead letter stored",
@@ -112,6 +117,8 @@ def _read(deliveries: Sequence[Delivery]) -> _Batch:
                 newest = batch.manifests.get(manifest.service)
                 if newest is None or newest.announced_at <= manifest.announced_at:
                     batch.manifests[manifest.service] = manifest
+            elif delivery.routing_key.startswith(SIGHTINGS_KEY):
+                batch.sightings.append(Sightings.model_validate_json(delivery.body))
             else:
                 batch.events += lifecycle.decode(delivery.body)
         except ValidationError as error:

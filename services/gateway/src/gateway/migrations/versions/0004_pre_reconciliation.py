@@ -37,8 +37,9 @@ def upgrade() -> None:
     op.execute(
         """
         create table sightings (
-            task_id uuid primary key,
+            task_id uuid not null,
             service text not null,
+            inquiry_id uuid not null,
             state text not null,
             sequence integer,
             starts integer,
@@ -46,10 +47,12 @@ def upgrade() -> None:
             worker text,
             due_at timestamptz,
             alive boolean,
-            seen_at timestamptz not null
+            seen_at timestamptz not null,
+            primary key (task_id, service)
         )
         """
     )
+    op.execute("create index sightings_seen on sightings (seen_at)")
     op.execute(
         """
         create table audits (
@@ -73,7 +76,9 @@ def upgrade() -> None:
             task_id uuid primary key,
             service text not null,
             type text not null,
-            since timestamptz not null,
+            mark text not null,
+            since timestamptz,
+            confirmed_at timestamptz,
             last_seen_at timestamptz,
             last_seen_where text,
             redriven_at timestamptz,
