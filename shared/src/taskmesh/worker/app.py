@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
@@ -189,9 +189,17 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
         """A new session on this process's engine."""
         return TaskSession(self._engine_of_process())
 
-    def autocommit(self) -> Connection:
-        """A connection on this process's engine whose statements count at once; the caller closes it."""
-        return self._engine_of_process().connect().execution_options(isolation_level="AUTOCOMMIT")
+    @contextmanager
+    def autocommit(self) -> Iterator[Connection]:
+        """A connection on this process's engine whose statements count at once."""
+        with self._engine_of_process().connect() as connection:
+            connection.execution_options(isolation_level="AUTOCOMMIT")
+            try:
+                yield connection
+            except BaseException:
+                if not connection.closed and not connection.invalidated:
+                    units.abandon(connection)
+                raise
 
     def dispose_connections(self) -> None:
         """Close pooled connections, so that the next attempt meets a database and not a dead socket."""

@@ -10,7 +10,7 @@ from uuid import UUID
 
 import psycopg
 from psycopg.pq import TransactionStatus
-from sqlalchemy import update
+from sqlalchemy import Connection, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, SessionTransaction
 
@@ -152,16 +152,22 @@ class Unit:
 def give_up(session: Session) -> None:
     """Roll back and close, even in the middle of a query."""
     if _status(session) is TransactionStatus.ACTIVE:
-        # A soft time limit raises inside psycopg's wait: the query still runs, and a ROLLBACK would be refused with
-        # "another command is already in progress" while the orphan keeps its locks.
-        connection = session.connection()
-        driver_connection = connection.connection.driver_connection
-        if driver_connection is not None:
-            with suppress(psycopg.Error):
-                driver_connection.cancel_safe(timeout=CANCEL_SECONDS)
         # The connection first: closing the session alone would still send a ROLLBACK TO SAVEPOINT.
-        connection.invalidate()
+        abandon(session.connection())
     session.close()
+
+
+def abandon(connection: Connection) -> None:
+    """Cancel the connection's query, if one still runs, and let it never be used again.
+
+    A soft time limit raises inside psycopg's wait: the query still runs, and a ROLLBACK would be refused with "another
+    command is already in progress" while the orphan keeps its locks.
+    """
+    driver_connection = connection.connection.driver_connection
+    if driver_connection is not None:
+        with suppress(psycopg.Error):
+            driver_connection.cancel_safe(timeout=CANCEL_SECONDS)
+    connection.invalidate()
 
 
 def _status(session: Session) -> TransactionStatus | None:
