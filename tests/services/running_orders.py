@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import quote
 from uuid import uuid4
 
@@ -143,10 +143,19 @@ class Orders:
         return self.rows("select count(*) from outbox where due_at < now() + interval '1 minute'")[0][0] == 0
 
 
+OrdersT = TypeVar("OrdersT", bound=Orders)
+
+
 @contextlib.contextmanager
 def orders_service(
-    postgres: str, rabbitmq: Server, folder: Path, *roles: str, script: Path = SERVICE, **variables: str
-) -> Iterator[Orders]:
+    postgres: str,
+    rabbitmq: Server,
+    folder: Path,
+    *roles: str,
+    script: Path = SERVICE,
+    kind: type[OrdersT] = Orders,  # type: ignore[assignment] - a default cannot be of every kind
+    **variables: str,
+) -> Iterator[OrdersT]:
     """Run the service in a database and a virtual host of its own until the end of the block.
 
     Args:
@@ -155,6 +164,7 @@ def orders_service(
         folder: For logs and health files.
         roles: Which processes to start; a relay and a worker when none is named.
         script: The service's program.
+        kind: What a test is given to handle it with.
         variables: More environment variables.
     """
     name = f"orders_{uuid4().hex[:12]}"
@@ -173,7 +183,7 @@ def orders_service(
     }
     environment.pop("OTEL_EXPORTER_OTLP_ENDPOINT", None)
     subprocess.run([sys.executable, str(script), "setup"], env=environment, check=True)
-    service = Orders(database_url, amqp_url, rabbitmq.management_url, name, environment, {}, folder, script)
+    service = kind(database_url, amqp_url, rabbitmq.management_url, name, environment, {}, folder, script)
     with Management(rabbitmq.management_url) as management:
         declare(gateway_topology(), amqp_url=amqp_url, management=management)
     with psycopg.connect(database_url, autocommit=True) as connection:

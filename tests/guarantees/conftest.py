@@ -1,0 +1,205 @@
+"""What the paths of loss have in common: a service that can be broken, a ledger that hears of it, and servers to kill."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pika
+import pytest
+from sqlalchemy.orm import Session
+
+from running_gateway import Gateway, running_gateway
+from running_orders import Orders, orders_service
+from taskmesh import celery_protocol, outbox
+from taskmesh.celery_protocol import TaskMessage
+from taskmesh.database import sync_engine
+from taskmesh.parts.postgres import Postgres
+from taskmesh.parts.rabbitmq import RabbitMQ, installed_server
+from taskmesh.testing.proxy import TcpProxy
+from taskmesh.testing.waiting import eventually
+
+FRAGILE = Path(__file__).parents[1] / "services" / "fragile_orders.py"
+
+
+class Fragile(Orders):
+    """The orders service, whose tasks wait for a test's word and write down their starts."""
+
+    def spawn(self, role: str, *, script: Path | None = None, **variables: str) -> subprocess.Popen[bytes]:
+        """Start a role, or a program that stands in for it, and do not wait until it is ready."""
+        (self.health / f"orders-{role}.ready").unlink(missing_ok=True)
+        with (self.health / f"{role}.log").open("ab") as log:
+            self.processes[role] = subprocess.Popen(
+                [sys.executable, str(script or self.script), role],
+                env=self.environment | variables,
+                stdout=log,
+                stderr=log,
+            )
+        return self.processes[role]
+
+    def start(self, role: str, *, script: Path | None = None, **variables: str) -> None:
+        """Start a role and wait until it is ready."""
+        self.spawn(role, script=script, **variables)
+        eventually((self.health / f"orders-{role}.ready").exists, explain=self.end_of_log)
+
+    def stop_role(self, role: str) -> None:
+        """Ask a role to end, and wait until it has."""
+        self.processes[role].terminate()
+        self.processes[role].wait(timeout=30)
+
+    def starts(self, task_id: str) -> int:
+        """How often the task's code began to run."""
+        trail = self.health / f"{task_id}.starts"
+        return len(trail.read_text().splitlines()) if trail.exists() else 0
+
+    def started(self, task_id: str, times: int = 1) -> None:
+        """Wait until the task's code has begun so often."""
+        eventually(lambda: self.starts(task_id) >= times, explain=self.end_of_log)
+
+    def release(self, task_id: str) -> None:
+        """Let a task that is held go on."""
+        (self.health / f"{task_id}.go").touch()
+
+    def attempts(self, task_id: str) -> int:
+        """How many starts the inbox counts."""
+        return int(self.rows("select starts from inbox where task_id = %s", task_id)[0][0])
+
+    def write(self, type_name: str, **payload: Any) -> str:
+        """Leave a task in the service's outbox, as a transaction of its own would; returns the task's id."""
+        task_id = uuid4()
+        self._write(TaskMessage(type=type_name, id=task_id, payload=payload))
+        return str(task_id)
+
+    def _write(self, message: TaskMessage) -> None:
+        engine = sync_engine(self.database_url)
+        with Session(engine) as session:
+            outbox.put(session, [celery_protocol.command(message)])
+            session.commit()
+        engine.dispose()
+
+    def outbox(self) -> int:
+        """How many rows wait to be published: tasks, not reports."""
+        return int(self.rows("select count(*) from outbox where exchange <> 'taskmesh.lifecycle'")[0][0])
+
+    def waits_for_a_lock(self) -> bool:
+        """True while a connection of the service waits for what another holds."""
+        statement = "select 1 from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+        return bool(self.rows(statement))
+
+    def messages(self, queue: str = "orders") -> int:
+        """How many messages wait in a queue; those that were handed over and not acknowledged are not among them."""
+        with pika.BlockingConnection(pika.URLParameters(self.amqp_url)) as connection:
+            return int(connection.channel().queue_declare(queue, passive=True).method.message_count)
+
+    def end_of_log(self) -> str:
+        """The last lines of the worker's log."""
+        return "\n".join((self.health / "worker.log").read_text().splitlines()[-15:])
+
+    def one_effect(self, task_id: str) -> bool:
+        """True if what the task does was done, once."""
+        return self.notes(task_id) == ["done"]
+
+
+@pytest.fixture(scope="module")
+def orders(postgres: str, rabbitmq: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orders]:
+    """One service for the module: a test that breaks it mends it."""
+    folder = tmp_path_factory.mktemp("orders")
+    with orders_service(postgres, rabbitmq, folder, script=FRAGILE, kind=Fragile) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def ledger(postgres: str, orders: Fragile, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway's database, and the projector that writes what is reported of the orders service into it."""
+    folder = tmp_path_factory.mktemp("gateway")
+    with running_gateway(postgres, orders.amqp_url, orders.management_url, folder, "projector") as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="module")
+def own_rabbitmq() -> Iterator[RabbitMQ]:
+    """A broker that the module may kill."""
+    if installed_server() is None:
+        pytest.skip("needs an installed rabbitmq-server, to kill it and to raise its alarms")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o755)
+        server = RabbitMQ(Path(folder) / "rabbitmq")
+        server.start()
+        try:
+            yield server
+        finally:
+            server.purge()
+
+
+@pytest.fixture(scope="module")
+def own_postgres() -> Iterator[Postgres]:
+    """A database server that the module may kill; durable, because what was committed must survive that."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o755)
+        server = Postgres(Path(folder) / "postgres")
+        server.start()
+        try:
+            yield server
+        finally:
+            server.purge()
+
+
+class Wire:
+    """A proxy on a thread of its own, for tests whose processes are elsewhere."""
+
+    def __init__(self, url: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._proxy = TcpProxy(url)
+        self.run(self._proxy.accept)
+
+    @property
+    def url(self) -> str:
+        return self._proxy.url
+
+    def run(self, act: Callable[[], Any]) -> None:
+        """Have one of the proxy's methods called, and wait for its end."""
+
+        async def call() -> None:
+            result = act()
+            if result is not None:
+                await result
+
+        asyncio.run_coroutine_threadsafe(call(), self._loop).result(timeout=10)
+
+    def stall(self) -> None:
+        """Hold back the server's answers."""
+        self.run(self._proxy.stall)
+
+    def cut(self) -> None:
+        """Reset every connection; what was held back is lost."""
+        self.run(self._proxy.cut)
+        self.run(self._proxy.resume)
+
+    def close(self) -> None:
+        self.run(self._proxy.refuse)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+@pytest.fixture
+def wire() -> Iterator[Callable[[str], Wire]]:
+    """Call it with a server's URL for a proxy in front of it."""
+    made: list[Wire] = []
+
+    def make(url: str) -> Wire:
+        made.append(Wire(url))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
