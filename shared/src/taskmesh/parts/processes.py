@@ -82,12 +82,16 @@ class Process:
         except (OSError, ValueError):
             return None
 
+    def children(self) -> list[int]:
+        """The processes that this one has started and that live, oldest first; none where there is no /proc."""
+        return sorted(pid for pid, parent, _ in _living() if parent == self.pid)
+
     def _session(self) -> list[int]:
         """The other processes of the session that this one leads or led, such as a killed worker's pool."""
         if _started(self.pid) not in (self.started, None):
             # The pid belongs to a stranger now, which it could not while the session still had members.
             return []
-        return [pid for pid, session in _sessions() if session == self.pid and pid != self.pid]
+        return [pid for pid, _, session in _living() if session == self.pid and pid != self.pid]
 
 
 def spawn(
@@ -142,14 +146,14 @@ def _started(pid: int) -> str | None:
     return f"{boot}/{fields[19]}"
 
 
-def _sessions() -> Iterator[tuple[int, int]]:
-    """Every process with the session it is in; none where there is no /proc."""
+def _living() -> Iterator[tuple[int, int, int]]:
+    """Every process with its parent and the session it is in; none where there is no /proc."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             text = stat.read_text()
             fields = text[text.rindex(")") + 2 :].split()
             if fields[0] not in "ZX":
-                yield int(stat.parent.name), int(fields[3])
+                yield int(stat.parent.name), int(fields[1]), int(fields[3])
 
 
 def _started_by_ps(pid: int) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import ssl
 from types import TracebackType
 from typing import Self
@@ -11,7 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 
 class TcpProxy:
-    """Forwards connections to a server until told to stall, cut or refuse them; use it as an async context manager.
+    """Forwards connections to a server until told to stall, slow, cut or refuse them; use it as an async context manager.
 
     Args:
         url: Of the server; `url` of the proxy is the same with the proxy's own port.
@@ -24,8 +25,10 @@ class TcpProxy:
         self._server: asyncio.Server | None = None
         self._clients: set[asyncio.StreamWriter] = set()
         self._pumps: set[asyncio.Task[None]] = set()
-        self._answers = asyncio.Event()
-        self._answers.set()
+        self._requests, self._answers = asyncio.Event(), asyncio.Event()
+        self.resume()
+        self._delay_seconds = 0.0
+        self._bytes_per_second = math.inf
         self._port = 0
         self.accepted = 0
         """Connections that were made so far."""
@@ -59,20 +62,37 @@ class TcpProxy:
         self.cut()
         await asyncio.gather(*self._pumps, return_exceptions=True)
 
-    def cut(self) -> None:
-        """Reset every open connection."""
+    def cut(self) -> int:
+        """Reset every open connection, and return how many there were."""
         for pump in self._pumps:
             pump.cancel()
         for client in self._clients:
             client.transport.abort()
+        return len(self._clients)
 
     def stall(self) -> None:
         """Hold back the server's answers; what clients send still arrives."""
         self._answers.clear()
 
+    def swallow(self) -> int:
+        """Hold back everything in both directions, and new connections too; return how many there are already."""
+        self._requests.clear()
+        self._answers.clear()
+        return len(self._clients)
+
     def resume(self) -> None:
-        """Let the server's answers through, those that were held back first."""
+        """Let everything through, what was held back first."""
+        self._requests.set()
         self._answers.set()
+
+    def slow_down(self, delay_seconds: float, bytes_per_second: float) -> int:
+        """Make every packet late, and the line narrow; return how many connections there are."""
+        self._delay_seconds, self._bytes_per_second = delay_seconds, bytes_per_second
+        return len(self._clients)
+
+    def speed_up(self) -> None:
+        """Be as fast as can be again."""
+        self.slow_down(0.0, math.inf)
 
     def inject(self, data: bytes) -> None:
         """Send bytes to every client as if the server had."""
@@ -81,29 +101,41 @@ class TcpProxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
-        upstream_reader, upstream_writer = await asyncio.open_connection(self._parts.hostname, self._parts.port)
         self._clients.add(writer)
+        pumps: set[asyncio.Task[None]] = {asyncio.create_task(self._connect(reader, writer))}
+        self._pumps |= pumps
+        try:
+            await asyncio.wait(pumps)
+        finally:
+            self._pumps -= pumps
+            self._clients.discard(writer)
+            writer.close()
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Forward one connection until one of its ends, or the proxy, gives it up."""
+        await self._requests.wait()
+        try:
+            upstream_reader, upstream_writer = await asyncio.open_connection(self._parts.hostname, self._parts.port)
+        except OSError:
+            # The server is down, and its client is to learn it at once.
+            writer.transport.abort()
+            return
         pumps = {
-            asyncio.create_task(self._pump(reader, upstream_writer, None)),
+            asyncio.create_task(self._pump(reader, upstream_writer, self._requests)),
             asyncio.create_task(self._pump(upstream_reader, writer, self._answers)),
         }
-        self._pumps |= pumps
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for pump in pumps:
                 pump.cancel()
-            self._pumps -= pumps
-            self._clients.discard(writer)
-            for end in (writer, upstream_writer):
-                end.close()
+            upstream_writer.close()
 
-    async def _pump(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, gate: asyncio.Event | None
-    ) -> None:
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, gate: asyncio.Event) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
-                if gate is not None:
-                    await gate.wait()
+                await gate.wait()
+                if self._delay_seconds:
+                    await asyncio.sleep(self._delay_seconds + len(data) / self._bytes_per_second)
                 writer.write(data)
                 await writer.drain()
