@@ -272,5 +272,66 @@ def hard_limit(self: MeshTask) -> None:
         time.sleep(60)
 
 
+@app.task(name="orders.attempts.crash", bind=True, max_retries=2, retry_backoff=1, retry_jitter=False)
+def crash(self: MeshTask, transient: int = 0) -> None:
+    """Kills its process in every attempt after the first `transient` ones, which fail in a way that may pass."""
+    count_start(self)
+    if self.request.retries < transient:
+        raise TransientError("not yet")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@app.task(name="orders.attempts.unlimited", bind=True, max_retries=None)
+def crash_without_limit(self: MeshTask) -> None:
+    """Kills its process, and may be retried for ever."""
+    count_start(self)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@app.task(name="orders.attempts.once", bind=True, max_retries=0)
+def once(self: MeshTask, seconds: float = 0) -> None:
+    """May be started once, and takes its time the first time."""
+    if count_start(self) == 1:
+        time.sleep(seconds)
+    record(self, "done")
+
+
+@app.task(name="orders.attempts.outside", bind=True, transaction="last", max_retries=0)
+def outside(self: MeshTask, seconds: float, cut: bool = False) -> None:
+    """Works outside its transaction; with `cut` it loses the connection that holds its lock."""
+    count_start(self)
+    if cut:
+        with self.transaction() as session:
+            session.execute(
+                text(
+                    "select pg_terminate_backend(pid) from pg_locks"
+                    " where locktype = 'advisory' and database = (select oid from pg_database"
+                    " where datname = current_database())"
+                )
+            )
+    time.sleep(seconds)
+    record(self, "done")
+
+
+@app.task(name="orders.attempts.replaced", bind=True, max_retries=0)
+def replaced(self: MeshTask, left: int) -> None:
+    """Replaces itself by a copy, some times."""
+    count_start(self)
+    if left:
+        self.replace(replaced.s(left=left - 1))
+    record(self, "done")
+
+
+def count_start(task: MeshTask) -> int:
+    """Note a start where no crash undoes it; how many there are."""
+    with task.transaction() as session:
+        session.execute(
+            text("insert into effects (task_id, note, attempt, at) values (:task_id, 'start', 0, now())"),
+            {"task_id": task.task_id},
+        )
+        statement = text("select count(*) from effects where task_id = :task_id and note = 'start'")
+        return int(session.scalar(statement, {"task_id": task.task_id}) or 0)
+
+
 if __name__ == "__main__":
     main(app)
