@@ -21,6 +21,7 @@ from running_orders import Orders, orders_service
 from taskmesh import celery_protocol, outbox
 from taskmesh.celery_protocol import TaskMessage
 from taskmesh.database import sync_engine
+from taskmesh.management import Management
 from taskmesh.parts.postgres import Postgres
 from taskmesh.parts.rabbitmq import RabbitMQ, installed_server
 from taskmesh.testing.proxy import TcpProxy
@@ -97,6 +98,11 @@ class Fragile(Orders):
         """How many messages wait in a queue; those that were handed over and not acknowledged are not among them."""
         with pika.BlockingConnection(pika.URLParameters(self.amqp_url)) as connection:
             return int(connection.channel().queue_declare(queue, passive=True).method.message_count)
+
+    def unacknowledged(self, queue: str = "orders") -> int:
+        """How many messages were handed over and not acknowledged; some seconds old."""
+        with Management(self.management_url) as management:
+            return int(management.queue(self.vhost, queue).get("messages_unacknowledged", 0))
 
     def end_of_log(self) -> str:
         """The last lines of the worker's log."""

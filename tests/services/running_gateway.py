@@ -32,16 +32,24 @@ class Gateway:
     folder: Path
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
-    def start(self, role: str, *, script: Path | None = None) -> None:
-        """Start a role, or a program that stands in for it, and wait until it is ready."""
-        ready = self.folder / f"gateway-{role}.ready"
-        ready.unlink(missing_ok=True)
+    def spawn(self, role: str, *, script: Path | None = None) -> None:
+        """Start a role, or a program that stands in for it, and do not wait until it is ready."""
+        (self.folder / f"gateway-{role}.ready").unlink(missing_ok=True)
         program = [str(script)] if script else ["-m", "gateway"]
         with (self.folder / f"gateway-{role}.log").open("wb") as log:
             self.processes[role] = subprocess.Popen(
                 [sys.executable, *program, role], env=self.environment, stdout=log, stderr=log
             )
-        eventually(ready.exists)
+
+    def start(self, role: str) -> None:
+        """Start a role and wait until it is ready."""
+        self.spawn(role)
+        eventually((self.folder / f"gateway-{role}.ready").exists)
+
+    def stop_role(self, role: str) -> None:
+        """Ask a role to end, and wait until it has."""
+        self.processes[role].terminate()
+        self.processes[role].wait(timeout=30)
 
     def stop(self) -> None:
         """End every process."""
