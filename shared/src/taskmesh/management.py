@@ -1,6 +1,7 @@
 """A small client of RabbitMQ's management API, for what AMQP cannot say: policies, users, permissions, bindings.
 
-Used at deploy time (`topology.declare`), by the local launcher and by tests; no run-time role talks to it.
+Used at deploy time (`topology.declare`), by the gateway's reconciler, which only reads, by the local launcher and by
+tests; no other run-time role talks to it.
 See https://www.rabbitmq.com/docs/http-api-reference.
 """
 
@@ -101,9 +102,14 @@ class Management:
         """Return one queue; its counts are some seconds old."""
         return self._get(f"/queues/{_name(vhost)}/{_name(name)}")
 
-    def queues(self, vhost: str) -> list[dict[str, Any]]:
-        """Return every queue of the virtual host."""
-        return self._list(f"/queues/{_name(vhost)}")
+    def queues(self, vhost: str, *, columns: Iterable[str] = ()) -> list[dict[str, Any]]:
+        """Return every queue of the virtual host; its counts are some seconds old, and missing at first.
+
+        Args:
+            columns: Only these; what the broker does not know of a queue is left out.
+        """
+        chosen = ",".join(columns)
+        return self._list(f"/queues/{_name(vhost)}" + (f"?columns={chosen}" if chosen else ""))
 
     def bindings(self, vhost: str, queue: str) -> list[dict[str, Any]]:
         """Return the bindings of a queue, as `source`, `routing_key` and `arguments`; without the default one."""
