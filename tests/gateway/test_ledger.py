@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -20,6 +21,8 @@ from taskmesh.contracts.lifecycle import LifecycleEvent, TaskFailure, TaskKind, 
 
 NOON = datetime(2026, 6, 1, 12, tzinfo=UTC)
 FINAL = ("state", "attempt", "sequence", "result", "error", "finished_at", "started_at", "root_id", "type", "service")
+LOST = TaskFailure(code="worker_lost", message="the process is gone")
+DEAD = TaskFailure(code="rejected", message="the message was dead-lettered from billing: rejected")
 
 
 def event(task_id: UUID, state: TaskState, minute: float = 0, **fields: Any) -> LifecycleEvent:
@@ -28,8 +31,11 @@ def event(task_id: UUID, state: TaskState, minute: float = 0, **fields: Any) -> 
     return LifecycleEvent(task_id=task_id, state=state, at=at, **values)
 
 
-def life(task_id: UUID, retries: int, end: TaskState) -> list[LifecycleEvent]:
-    """Everything that a worker says of a task with so many failed attempts before its end."""
+def life(task_id: UUID, retries: int, end: TaskState, *, losses: bool = False) -> list[LifecycleEvent]:
+    """Everything that a worker says of a task with so many failed attempts before its end.
+
+    With `losses` the process that runs an attempt is killed the first time, each time.
+    """
     events = [event(task_id, TaskState.QUEUED, attempt=1)]
     started_at = NOON + timedelta(minutes=1)
     for attempt in range(retries + 1):
@@ -38,6 +44,9 @@ def life(task_id: UUID, retries: int, end: TaskState) -> list[LifecycleEvent]:
         if attempt:
             events.append(event(task_id, TaskState.QUEUED, minute - 0.5, **place))
         events.append(event(task_id, TaskState.RUNNING, minute, worker="host:1", **place))
+        if losses:
+            events.append(event(task_id, TaskState.QUEUED, minute + 0.2, failure=LOST, **place))
+            events.append(event(task_id, TaskState.RUNNING, minute + 0.4, worker="host:2", **place))
         # The later reports of an attempt repeat when it was started, as workers do.
         place["started_at"] = started_at + timedelta(minutes=10 * attempt)
         failure = TaskFailure(code="unavailable", message=f"attempt {attempt}")
@@ -70,11 +79,11 @@ async def timeline(engine, task_id: UUID) -> list[tuple[str, int]]:
 async def test_any_order_and_repetition_of_a_tasks_reports_ends_in_the_same_row(gateway_engine):
     """Reports are dealt out in any order, some of them again, in batches cut anywhere; the last row is the same."""
 
-    async def try_once(retries: int, end: TaskState, seed: int) -> None:
+    async def try_once(retries: int, end: TaskState, seed: int, *, losses: bool) -> None:
         dice = random.Random(seed)
         straight, shuffled = uuid4(), uuid4()
-        await advance(gateway_engine, *life(straight, retries, end))
-        events = life(shuffled, retries, end)
+        await advance(gateway_engine, *life(straight, retries, end, losses=losses))
+        events = life(shuffled, retries, end, losses=losses)
         events += dice.choices(events, k=dice.randrange(len(events)))
         # The end is among them in any case; before it, some reports may never come at all.
         dice.shuffle(events)
@@ -94,11 +103,12 @@ async def test_any_order_and_repetition_of_a_tasks_reports_ends_in_the_same_row(
     @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
     @given(
         retries=st.integers(0, 3),
-        end=st.sampled_from([TaskState.SUCCEEDED, TaskState.FAILED]),
+        end=st.sampled_from([TaskState.SUCCEEDED, TaskState.FAILED, TaskState.CANCELLED]),
         seed=st.integers(0, 2**32),
+        losses=st.booleans(),
     )
-    def check(retries: int, end: TaskState, seed: int) -> None:
-        asyncio.run_coroutine_threadsafe(try_once(retries, end, seed), loop).result(30)
+    def check(retries: int, end: TaskState, seed: int, losses: bool) -> None:
+        asyncio.run_coroutine_threadsafe(try_once(retries, end, seed, losses=losses), loop).result(30)
 
     await asyncio.to_thread(check)
 
@@ -137,6 +147,95 @@ async def test_the_end_of_an_attempt_that_was_superseded_ends_nothing(gateway_en
     await advance(gateway_engine, event(task_id, TaskState.FAILED, 9, sequence=0, attempt=1))
 
     assert (await row_of(gateway_engine, task_id))["state"] == "running"
+
+
+async def test_a_task_whose_worker_is_lost_is_queued_again(gateway_engine):
+    task_id = uuid4()
+    await advance(gateway_engine, event(task_id, TaskState.RUNNING, 1))
+
+    await advance(gateway_engine, event(task_id, TaskState.QUEUED, 2, failure=LOST))
+
+    row = await row_of(gateway_engine, task_id)
+    assert (row["state"], row["error"]["code"], row["queued_at"]) == ("queued", "worker_lost", None)
+
+
+async def test_starts_and_losses_take_turns_however_they_arrive(gateway_engine):
+    """Twice lost and begun a third time: the last by the clock wins in each order of arrival."""
+    reports = [
+        (TaskState.RUNNING, 1, None),
+        (TaskState.QUEUED, 2, LOST),
+        (TaskState.RUNNING, 3, None),
+        (TaskState.QUEUED, 4, LOST),
+        (TaskState.RUNNING, 5, None),
+    ]
+
+    for order in itertools.permutations(reports):
+        task_id = uuid4()
+        for state, minute, failure in order:
+            await advance(gateway_engine, event(task_id, state, minute, failure=failure))
+        assert (await row_of(gateway_engine, task_id))["state"] == "running"
+
+
+async def test_a_loss_that_is_told_late_moves_no_task_that_has_gone_on(gateway_engine):
+    retried, over = uuid4(), uuid4()
+    await advance(gateway_engine, event(retried, TaskState.QUEUED, 9, sequence=1, attempt=2))
+    await advance(gateway_engine, event(over, TaskState.SUCCEEDED, 9))
+
+    told = [event(task_id, TaskState.QUEUED, 10, failure=LOST) for task_id in (retried, over)]
+    accepted = await advance(gateway_engine, *told)
+
+    assert accepted == 0
+    assert (await row_of(gateway_engine, over))["state"] == "succeeded"
+
+
+async def test_the_workers_own_word_for_a_failure_outdoes_that_of_its_dead_letter(gateway_engine):
+    task_id = uuid4()
+    await advance(gateway_engine, event(task_id, TaskState.FAILED, 1, failure=DEAD))
+    own = TaskFailure(code="contract_violation", message="name is missing", exception="taskmesh.ContractViolation")
+
+    accepted = await advance(gateway_engine, event(task_id, TaskState.FAILED, 2, failure=own, attempt=3))
+
+    row = await row_of(gateway_engine, task_id)
+    assert (accepted, row["error"]["code"], row["attempt"]) == (0, "contract_violation", 3)
+
+
+async def test_a_dead_letter_changes_nothing_that_the_worker_has_said(gateway_engine):
+    task_id = uuid4()
+    own = TaskFailure(code="rejected", message="no such invoice", exception="billing.NoSuchInvoice")
+    await advance(gateway_engine, event(task_id, TaskState.FAILED, 1, failure=own))
+
+    await advance(gateway_engine, event(task_id, TaskState.FAILED, 2, failure=DEAD))
+
+    assert (await row_of(gateway_engine, task_id))["error"]["message"] == "no such invoice"
+
+
+async def test_a_failure_tells_what_the_task_was_asked_to_do(gateway_engine):
+    task_id, failure = uuid4(), TaskFailure(code="exception", message="no")
+
+    await advance(gateway_engine, event(task_id, TaskState.FAILED, failure=failure, payload={"n": 1}))
+
+    assert (await row_of(gateway_engine, task_id))["payload"] == {"n": 1}
+
+
+async def test_a_payload_that_is_known_stays(gateway_engine):
+    new = ledger.NewTask(type="a.b", service="a", payload={"n": 1})
+    async with gateway_engine.begin() as connection:
+        await ledger.submit(connection, [new])
+
+    failure = TaskFailure(code="exception", message="no")
+    await advance(gateway_engine, event(new.id, TaskState.FAILED, failure=failure, payload={"n": 2}))
+
+    assert (await row_of(gateway_engine, new.id))["payload"] == {"n": 1}
+
+
+async def test_a_cancellation_by_the_service_holds_whichever_attempt_it_names(gateway_engine):
+    task_id = uuid4()
+    await advance(gateway_engine, event(task_id, TaskState.RETRYING, 5, sequence=3, attempt=4))
+
+    await advance(gateway_engine, event(task_id, TaskState.CANCELLED, 6, sequence=0, attempt=0))
+
+    row = await row_of(gateway_engine, task_id)
+    assert (row["state"], row["sequence"], row["attempt"]) == ("cancelled", 3, 4)
 
 
 async def test_a_task_that_nobody_submitted_here_is_added_with_its_family(gateway_engine):

@@ -7,8 +7,8 @@ JSON parameter and are unfolded there, so one task and five hundred are the same
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
@@ -16,126 +16,14 @@ import pydantic_core
 from sqlalchemy import ColumnElement, Row, Select, and_, func, literal, select, text, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway.identifiers import uuid7
 from gateway.models import TASKS_CHANNEL, task_events, tasks
-from taskmesh import celery_protocol
-from taskmesh.celery_protocol import TaskMessage
-from taskmesh.contracts.lifecycle import TERMINAL, LifecycleEvent, TaskKind, TaskState
+from gateway.new_tasks import NewTask, trace_id_of
+from gateway.progress import BEFORE_EVERYTHING, Progress, place_of
+from taskmesh.contracts.lifecycle import TERMINAL, LifecycleEvent, TaskState
 from taskmesh.errors import NotFound
-from taskmesh.outbox import OutboxMessage
-
-RANK: Final[Mapping[TaskState, int]] = {
-    TaskState.SCHEDULED: 0,
-    TaskState.QUEUED: 1,
-    TaskState.RUNNING: 2,
-    TaskState.RETRYING: 3,
-    TaskState.SUCCEEDED: 4,
-    TaskState.FAILED: 4,
-    TaskState.CANCELLED: 4,
-    TaskState.EXPIRED: 4,
-}
-"""Orders the states within one attempt; between attempts `sequence` decides."""
-
-STARTED: Final = frozenset({TaskState.RUNNING, TaskState.RETRYING, TaskState.SUCCEEDED, TaskState.FAILED})
-"""States that an attempt can be in only after it was started."""
-
-BEFORE_EVERYTHING: Final = -1
-"""The sequence of a task that the ledger learns of through its first event: any event is news to it."""
 
 # NOTIFY takes fewer than 8000 bytes; a root id in hexadecimal and its comma are 33.
 ROOTS_A_NOTIFICATION: Final = 240
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewTask:
-    """A task that somebody has asked for, with its id and its time of birth.
-
-    Attributes:
-        due_at: Not published before; None means at once.
-        traceparent: The creation context that its message carries.
-        root_id: None makes it its own root.
-        event_id: The event that it handles, if it is a listener's task.
-        retry_of: The task that this one is another try of.
-    """
-
-    type: str
-    service: str
-    payload: Mapping[str, Any]
-    version: int = 1
-    id: UUID = field(default_factory=uuid7)
-    created_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    due_at: datetime | None = None
-    expires_at: datetime | None = None
-    priority: int | None = None
-    tags: Sequence[str] = ()
-    schedule_id: UUID | None = None
-    api_key_id: UUID | None = None
-    traceparent: str | None = None
-    kind: TaskKind = TaskKind.COMMAND
-    root_id: UUID | None = None
-    parent_id: UUID | None = None
-    event_id: UUID | None = None
-    retry_of: UUID | None = None
-
-    @property
-    def state(self) -> TaskState:
-        """`scheduled` until the due time, and `queued` from the start when there is none."""
-        waits = self.due_at is not None and self.due_at > self.created_at
-        return TaskState.SCHEDULED if waits else TaskState.QUEUED
-
-    def row(self) -> dict[str, Any]:
-        """Its first row in the ledger, which is also what the caller is shown."""
-        return {
-            "id": self.id,
-            "type": self.type,
-            "kind": self.kind,
-            "state": self.state,
-            "attempt": 0,
-            "service": self.service,
-            "version": self.version,
-            "payload": self.payload,
-            "result": None,
-            "error": None,
-            "priority": self.priority,
-            "tags": list(self.tags),
-            "parent_id": self.parent_id,
-            "root_id": self.root_id or self.id,
-            "event_id": self.event_id,
-            "schedule_id": self.schedule_id,
-            "api_key_id": self.api_key_id,
-            "created_at": self.created_at,
-            "due_at": self.due_at,
-            "expires_at": self.expires_at,
-            "queued_at": self.created_at if self.state is TaskState.QUEUED else None,
-            "started_at": None,
-            "finished_at": None,
-            "updated_at": self.created_at,
-            "trace_id": trace_id_of(self.traceparent),
-            "cancel_requested_at": None,
-            "cancel_reason": None,
-            "retry_of": self.retry_of,
-            "retried_as": None,
-        }
-
-    def message(self) -> OutboxMessage:
-        """The message that its worker will receive."""
-        message = TaskMessage(
-            type=self.type,
-            id=self.id,
-            payload=self.payload,
-            kind=self.kind,
-            root_id=self.root_id,
-            parent_id=self.parent_id,
-            expires_at=self.expires_at,
-            priority=self.priority,
-            traceparent=self.traceparent,
-            version=self.version,
-        )
-        if self.kind is TaskKind.EVENT:
-            return celery_protocol.listening(
-                message, service=self.service, event_id=self.event_id or self.id, due_at=self.due_at
-            )
-        return celery_protocol.command(message, due_at=self.due_at)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,12 +46,6 @@ class Position:
 
     created_at: datetime
     id: UUID
-
-
-def trace_id_of(traceparent: str | None) -> str | None:
-    """The trace id inside a W3C traceparent."""
-    parts = (traceparent or "").split("-")
-    return parts[1] if len(parts) >= 4 and len(parts[1]) == 32 else None
 
 
 _SUBMIT = text(
@@ -330,10 +212,12 @@ _ADVANCE = text(
         started_at = r.started_at,
         finished_at = r.finished_at,
         worker = r.worker,
-        updated_at = r.updated_at
+        updated_at = r.updated_at,
+        payload = coalesce(tasks.payload, r.payload)
     from json_to_recordset(cast(:rows as json)) as r(
         id uuid, state text, sequence integer, attempt integer, result jsonb, error jsonb, due_at timestamptz,
-        queued_at timestamptz, started_at timestamptz, finished_at timestamptz, worker text, updated_at timestamptz)
+        queued_at timestamptz, started_at timestamptz, finished_at timestamptz, worker text, updated_at timestamptz,
+        payload jsonb)
     where tasks.id = r.id
     """
 )
@@ -351,59 +235,6 @@ _APPEND_TIMELINE = text(
 _NOTIFY = text("select pg_notify(:channel, part) from unnest(cast(:parts as text[])) as part")
 
 
-@dataclass(slots=True, kw_only=True)
-class _Progress:
-    """A task's row while a batch of events is applied to it; the fields are columns."""
-
-    id: UUID
-    root_id: UUID
-    state: TaskState
-    sequence: int
-    attempt: int
-    result: Any
-    error: dict[str, Any] | None
-    due_at: datetime | None
-    queued_at: datetime | None
-    started_at: datetime | None
-    finished_at: datetime | None
-    worker: str | None
-    updated_at: datetime
-
-    def accepts(self, event: LifecycleEvent) -> bool:
-        """True for what is news; terminal states are final."""
-        if self.state.terminal:
-            return False
-        return (event.sequence, RANK[event.state]) > (self.sequence, RANK[self.state])
-
-    def note(self, event: LifecycleEvent) -> bool:
-        """Keep what stays true however late it is told: when it was first queued and started, and how often."""
-        before = (self.attempt, self.queued_at, self.started_at)
-        if event.state in STARTED:
-            self.attempt = max(self.attempt, event.attempt)
-        if event.state is TaskState.QUEUED:
-            self.queued_at = _earlier(self.queued_at, event.at)
-        self.started_at = _earlier(self.started_at, event.started_at)
-        if event.state is TaskState.RUNNING:
-            self.started_at = _earlier(self.started_at, event.at)
-        return before != (self.attempt, self.queued_at, self.started_at)
-
-    def move(self, event: LifecycleEvent) -> None:
-        """Go to the state that the event tells of."""
-        self.state, self.sequence, self.updated_at = event.state, event.sequence, event.at
-        self.due_at = event.due_at or self.due_at
-        self.worker = event.worker or self.worker
-        if event.failure is not None:
-            self.error = event.failure.model_dump()
-        elif event.state is TaskState.SUCCEEDED:
-            self.error = None
-        if event.state.terminal:
-            self.result, self.finished_at = event.result, event.at
-
-
-def _earlier(known: datetime | None, told: datetime | None) -> datetime | None:
-    return min((at for at in (known, told) if at is not None), default=None)
-
-
 async def advance(connection: AsyncConnection, events: Sequence[LifecycleEvent]) -> int:
     """Bring tasks forward by what their workers say, and count the events that were news.
 
@@ -414,23 +245,26 @@ async def advance(connection: AsyncConnection, events: Sequence[LifecycleEvent])
     """
     if not events:
         return 0
-    ordered = sorted(events, key=lambda event: (event.sequence, RANK[event.state], event.at))
+    # A payload is kept whenever it is told, and never read back: rows are locked without it.
+    payloads = {event.task_id: event.payload for event in events if event.payload is not None}
+    ordered = sorted(events, key=lambda event: (*place_of(event), event.at))
     await connection.execute(
         _INSERT_UNKNOWN, {"rows": _rows(_introductions(ordered)), "before_everything": BEFORE_EVERYTHING}
     )
     progress = await _lock(connection, ordered)
-    changed: dict[UUID, _Progress] = {}
+    changed: dict[UUID, Progress] = {}
     accepted: list[dict[str, Any]] = []
     for event in ordered:
         task = progress[event.task_id]
-        if task.note(event):
+        if task.note(event) or event.payload is not None:
             changed[task.id] = task
         if task.accepts(event):
             task.move(event)
             changed[task.id] = task
             accepted.append(_timeline_row(len(accepted), task, event))
     if changed:
-        await connection.execute(_ADVANCE, {"rows": _rows(asdict(task) for task in changed.values())})
+        rows = ({**asdict(task), "payload": payloads.get(task.id)} for task in changed.values())
+        await connection.execute(_ADVANCE, {"rows": _rows(rows)})
     if accepted:
         await connection.execute(_APPEND_TIMELINE, {"rows": _rows(accepted)})
         await notify(connection, {row["root_id"] for row in accepted})
@@ -460,7 +294,7 @@ def _introductions(events: Iterable[LifecycleEvent]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-async def _lock(connection: AsyncConnection, events: Iterable[LifecycleEvent]) -> dict[UUID, _Progress]:
+async def _lock(connection: AsyncConnection, events: Iterable[LifecycleEvent]) -> dict[UUID, Progress]:
     wanted: set[UUID] = set()
     for event in events:
         wanted.add(event.task_id)
@@ -472,13 +306,13 @@ async def _lock(connection: AsyncConnection, events: Iterable[LifecycleEvent]) -
         .with_for_update(key_share=True)
     )
     rows = (await connection.execute(statement)).mappings()
-    return {row["id"]: _Progress(**{**row, "state": TaskState(row["state"])}) for row in rows}
+    return {row["id"]: Progress(**{**row, "state": TaskState(row["state"])}) for row in rows}
 
 
-_PROGRESS_COLUMNS: Final = tuple(tasks.c[column.name] for column in fields(_Progress))
+_PROGRESS_COLUMNS: Final = tuple(tasks.c[column.name] for column in fields(Progress))
 
 
-def _timeline_row(position: int, task: _Progress, event: LifecycleEvent) -> dict[str, Any]:
+def _timeline_row(position: int, task: Progress, event: LifecycleEvent) -> dict[str, Any]:
     detail = {
         "due_at": event.due_at,
         "worker": event.worker,

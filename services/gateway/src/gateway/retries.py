@@ -18,8 +18,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from gateway import ledger
 from gateway.catalogue import Catalogue, KnownType
 from gateway.identifiers import uuid7
-from gateway.ledger import NewTask
 from gateway.models import dead_letters, tasks
+from gateway.new_tasks import NewTask
 from gateway.problems import Problem
 from taskmesh.contracts.lifecycle import TaskKind, TaskState
 from taskmesh.errors import ConflictError

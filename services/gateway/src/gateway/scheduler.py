@@ -22,7 +22,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from gateway import ledger, models, schedules
-from gateway.ledger import NewTask
+from gateway.new_tasks import NewTask
 from gateway.schedules import Fire, Misfire, Outcome, Overlap, Reason, Schedule
 from gateway.settings import SchedulerSettings
 from gateway.timetable import Timetable

@@ -130,6 +130,13 @@ class TaskView(BaseModel):
     finished_at: Utc | None
     updated_at: Utc
     trace_id: str | None
+    cancel_requested_at: Utc | None
+    """When somebody asked for its end; whether it came to that, the state says."""
+    cancel_reason: str | None
+    retry_of: UUID | None
+    """The task that this one is another try of."""
+    retried_as: UUID | None
+    """The next try of this one."""
 
     @classmethod
     def of(cls, row: Row[Any] | Mapping[str, Any]) -> TaskView:

@@ -23,7 +23,8 @@ from gateway.auth import Client, TaskReader, TaskWriter
 from gateway.bodies import MAX_TASK_BYTES, JsonRoute
 from gateway.catalogue import KnownType, Snapshot
 from gateway.dependencies import Gateway, GatewayParts
-from gateway.ledger import Filter, NewTask
+from gateway.ledger import Filter
+from gateway.new_tasks import NewTask
 from gateway.problems import KINDS, FieldError, Problem, declare, pointer
 from gateway.schemas import (
     BatchSubmission,
