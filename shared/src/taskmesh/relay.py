@@ -14,7 +14,7 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
@@ -144,6 +144,9 @@ class ServiceHooks:
         )
 
 
+Companion = Callable[[asyncio.Event], Coroutine[Any, Any, None]]
+
+
 class Relay:
     """Publishes the outbox of one service until it is told to stop, through outages of database and broker.
 
@@ -152,6 +155,8 @@ class Relay:
         service: Names the connections.
         hooks: None for a service that wants nothing written.
         announce: Makes the service's manifest, which is then announced at the start and every `announce_seconds`.
+        companions: What else is to run for as long as the relay does, until the event is set. One that fails ends the
+            relay, to be started again.
     """
 
     def __init__(
@@ -166,6 +171,7 @@ class Relay:
         poll_seconds: float = POLL_SECONDS,
         announce: Callable[[], Manifest] | None = None,
         announce_seconds: float = ANNOUNCE_SECONDS,
+        companions: Sequence[Companion] = (),
     ) -> None:
         self._engine = engine
         self._service = service
@@ -175,6 +181,7 @@ class Relay:
         self._poll_seconds = poll_seconds
         self._announce = announce
         self._announce_seconds = announce_seconds
+        self._companions = companions
         self._publisher = Publisher(amqp_url, name=f"{service}-relay")
         self._tracing = _Tracing(amqp_url)
         self._woken = asyncio.Event()
@@ -190,6 +197,7 @@ class Relay:
                 companions = [group.create_task(self._wake_on(stop)), group.create_task(self._listen())]
                 if self._announce is not None:
                     companions.append(group.create_task(self._keep_announcing(self._announce)))
+                companions += [group.create_task(companion(stop)) for companion in self._companions]
                 await self._run(stop)
                 for companion in companions:
                     companion.cancel()

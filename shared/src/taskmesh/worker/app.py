@@ -127,7 +127,9 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
 
     # Declaring
 
-    def task(self, *args: Any, transaction: TransactionMode = "whole", **options: Any) -> TaskDecorator:
+    def task(
+        self, *args: Any, transaction: TransactionMode = "whole", force_cancel: bool = False, **options: Any
+    ) -> TaskDecorator:
         """Declare a task: `@app.task(IssueInvoice)`, or any of Celery's own forms with a `name`.
 
         Args:
@@ -136,9 +138,13 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
             transaction: "whole" runs the task inside its transaction. "last" runs it outside, for work that calls
                 others: `self.transaction()` commits steps on the way, and the first use of `self.session` opens the
                 transaction that is committed when the task returns.
+            force_cancel: The process that runs the task may be killed when its cancellation is forced: nothing outside
+                the database is left half done.
             options: Celery's.
         """
         options["transaction_mode"] = transaction
+        if force_cancel:
+            options["force_cancel"] = True
         # Celery would give the task to every other app of the process as well.
         options.setdefault("shared", False)
         if args and isinstance(args[0], type) and issubclass(args[0], Contract):
@@ -261,6 +267,7 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
             payload_schema=contract.model_json_schema() if contract else _schema_of(task),
             max_attempts=None if task.max_retries is None else task.max_retries + 1,
             time_limit_seconds=task.time_limit,
+            force_cancel=task.force_cancel,
         )
 
     # Sending

@@ -12,7 +12,10 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
+from billiard.einfo import ExceptionWithTraceback
 from celery import bootsteps
+from celery.exceptions import Terminated, WorkerLostError
+from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer
 from celery.worker.consumer.tasks import Tasks
 from celery.worker.request import Request
@@ -21,8 +24,9 @@ from kombu.exceptions import KombuError
 
 from taskmesh import celery_protocol, exchanges, lifecycle
 from taskmesh.celery_protocol import EVENT_ID_HEADER, KIND_HEADER, MalformedMessage
-from taskmesh.contracts.lifecycle import LifecycleEvent, TaskKind, TaskState
+from taskmesh.contracts.lifecycle import LifecycleEvent, TaskFailure, TaskKind, TaskState
 from taskmesh.health import Health
+from taskmesh.worker.control import Control
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +39,50 @@ HEARTBEAT_SECONDS = 5.0
 class MeshRequest(Request):  # type: ignore[misc]  # Celery has no types
     """A delivery in the worker's main process."""
 
+    _given_back = False
+
+    @property
+    def is_with_pool(self) -> bool:
+        """True once it was handed to the pool, which cannot be told to forget it."""
+        return self._apply_result is not None
+
+    def give_back(self) -> None:
+        """Let the message go back to the queue before any process begins with it."""
+        self._given_back = True
+        worker_state.task_ready(self)
+        self.reject(requeue=True)
+
+    def revoked(self) -> bool:
+        """True if it must not be handed to the pool any more."""
+        return self._given_back or bool(super().revoked())
+
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         """A process of the pool has taken the task."""
         super().on_accepted(pid, time_accepted)
         reports = getattr(self._app, "running_reports", None)
         if reports is not None:
             reports.started(self, pid)
+
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:  # noqa: FBT001, FBT002
+        """The process is gone, or something escaped from the task: the message goes back, or to the dead letters."""
+        error = exc_info.exception
+        if isinstance(error, ExceptionWithTraceback):
+            error = error.exc
+        if isinstance(error, Terminated) and not self._already_cancelled:
+            # We killed it, for its cancellation: Celery would acknowledge, and nobody would settle the task.
+            worker_state.task_ready(self)
+            self.reject(requeue=True)
+            return
+        if isinstance(error, WorkerLostError):
+            # Its text ends with the pool's own number for the job.
+            self._lost(str(error).partition(" Job: ")[0])
+        super().on_failure(exc_info, send_failed_event, return_ok)
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:  # noqa: FBT001 - Celery's signature
+        """A time limit was reached; after the hard one the process is killed."""
+        if not soft:
+            self._lost(f"Worker killed: the hard time limit of {timeout} s was exceeded")
+        super().on_timeout(soft, timeout)
 
     def acknowledge(self) -> None:
         """The task is settled."""
@@ -57,12 +99,17 @@ class MeshRequest(Request):  # type: ignore[misc]  # Celery has no types
         if reports is not None:
             reports.ended(self)
 
+    def _lost(self, how: str) -> None:
+        reports = getattr(self._app, "running_reports", None)
+        if reports is not None:
+            reports.lost(self, how)
+
 
 class RunningReports(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
-    """Tells the ledger which tasks have begun to run; best effort, and many tasks in one message.
+    """Tells the ledger which tasks have begun to run, and which of them have lost their process; best effort.
 
     The outcome of a task is told through the outbox, from which nothing is lost; that a task is running is news that
-    is of use only while it is true.
+    is of use only while it is true. Many tasks are told of in one message.
     """
 
     requires = (Tasks,)
@@ -70,6 +117,7 @@ class RunningReports(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery h
     def __init__(self, consumer: Any, **options: Any) -> None:
         super().__init__(consumer, **options)
         self._waiting: dict[str, tuple[float, LifecycleEvent]] = {}
+        self._losses: list[LifecycleEvent] = []
         self._connection: Connection | None = None
         self._timer: Any = None
         consumer.app.running_reports = self
@@ -90,42 +138,40 @@ class RunningReports(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery h
 
     def started(self, request: MeshRequest, pid: int) -> None:
         """Note that a task has begun."""
-        headers = request.request_dict
         now = datetime.now(UTC)
-        retries = headers.get("retries") or 0
-        event = LifecycleEvent(
-            task_id=UUID(request.id),
-            type=request.task.name,
-            state=TaskState.RUNNING,
-            at=now,
-            service=request.app.service,
-            kind=TaskKind(headers.get(KIND_HEADER, TaskKind.COMMAND)),
-            sequence=celery_protocol.sequence(headers.get("replaced_task_nesting") or 0, retries),
-            attempt=retries + 1,
-            root_id=headers.get("root_id"),
-            parent_id=headers.get("parent_id"),
-            event_id=headers.get(EVENT_ID_HEADER),
-            traceparent=headers.get("traceparent"),
-            started_at=now,
-            worker=f"{request.hostname}:{pid}",
-        )
+        event = _event(request, TaskState.RUNNING, now, started_at=now, worker=f"{request.hostname}:{pid}")
         self._waiting[request.id] = (now.timestamp(), event)
 
     def ended(self, request: MeshRequest) -> None:
         """Forget a task whose start need not be told any more."""
         self._waiting.pop(request.id, None)
 
+    def lost(self, request: MeshRequest, how: str) -> None:
+        """Note that a task's process is gone, and the task back in its queue."""
+        # It was running, however short.
+        _, running = self._waiting.pop(request.id, (0.0, None))
+        if running is not None:
+            self._losses.append(running)
+        failure = TaskFailure(code="worker_lost", message=how)
+        worker = f"{request.hostname}:{request.worker_pid}"
+        self._losses.append(_event(request, TaskState.QUEUED, datetime.now(UTC), worker=worker, failure=failure))
+
     def _send(self) -> None:
         before = datetime.now(UTC).timestamp() - RUNNING_REPORT_SECONDS
         due = [task_id for task_id, (at, _) in list(self._waiting.items()) if at <= before]
-        events = [entry[1] for task_id in due if (entry := self._waiting.pop(task_id, None))]
-        if not events:
-            return
-        try:
-            self._publish(events)
-        except self._errors:
-            logger.debug("running tasks could not be reported", extra={"tasks": len(events)})
-            self._disconnect()
+        running = [entry[1] for task_id in due if (entry := self._waiting.pop(task_id, None))]
+        losses, self._losses = self._losses, []
+        # A message tells of one state.
+        messages = [
+            [*running, *(event for event in losses if event.state is TaskState.RUNNING)],
+            [event for event in losses if event.state is TaskState.QUEUED],
+        ]
+        for events in filter(None, messages):
+            try:
+                self._publish(events)
+            except self._errors:
+                logger.debug("running tasks could not be reported", extra={"tasks": len(events)})
+                self._disconnect()
 
     def _publish(self, events: list[LifecycleEvent]) -> None:
         if self._connection is None:
@@ -152,10 +198,30 @@ class RunningReports(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery h
                 logger.debug("connection for running reports was lost")
 
 
+def _event(request: MeshRequest, state: TaskState, at: datetime, **facts: Any) -> LifecycleEvent:
+    headers = request.request_dict
+    retries = headers.get("retries") or 0
+    return LifecycleEvent(
+        task_id=UUID(request.id),
+        type=request.task.name,
+        state=state,
+        at=at,
+        service=request.app.service,
+        kind=TaskKind(headers.get(KIND_HEADER, TaskKind.COMMAND)),
+        sequence=celery_protocol.sequence(headers.get("replaced_task_nesting") or 0, retries),
+        attempt=retries + 1,
+        root_id=headers.get("root_id"),
+        parent_id=headers.get("parent_id"),
+        event_id=headers.get(EVENT_ID_HEADER),
+        traceparent=headers.get("traceparent"),
+        **facts,
+    )
+
+
 class HealthFiles(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
     """Touches the worker's health file from the consumer's own loop."""
 
-    requires = (Tasks,)
+    requires = (Tasks, Control)
 
     def __init__(self, consumer: Any, **options: Any) -> None:
         super().__init__(consumer, **options)
@@ -183,6 +249,7 @@ class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
         default_steps = (
             *(step for step in Consumer.Blueprint.default_steps if not step.endswith(":DelayedDelivery")),
             RunningReports,
+            Control,
             HealthFiles,
         )
 

@@ -130,6 +130,7 @@ def work(app: WorkerApp, settings: WorkerSettings) -> int:
 
 async def relay(app: WorkerApp, settings: RelaySettings) -> None:
     """Publish what the service's transactions wrote, and announce the service, until told to stop."""
+    from taskmesh.control import ControlConsumer
     from taskmesh.relay import Relay, ServiceHooks
 
     logs.configure(settings.log_format, settings.log_level, app.service, "relay")
@@ -149,6 +150,7 @@ async def relay(app: WorkerApp, settings: RelaySettings) -> None:
             poll_seconds=settings.relay_poll_seconds,
             announce=app.manifest,
             announce_seconds=settings.announce_seconds,
+            companions=[ControlConsumer(engine, settings.amqp_url, app.service).run],
         ).run(stop)
     finally:
         await engine.dispose()

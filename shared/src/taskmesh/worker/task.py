@@ -17,13 +17,14 @@ from taskmesh import celery_protocol, lifecycle, outbox, telemetry
 from taskmesh.celery_protocol import TaskMessage
 from taskmesh.contracts import Command, Contract, Event
 from taskmesh.contracts.lifecycle import TaskKind
-from taskmesh.errors import ContractViolation, PermanentError, TransientError
+from taskmesh.errors import ContractViolation, PermanentError, TaskCancelled, TransientError
 from taskmesh.outbox import OutboxMessage
 from taskmesh.worker import unit as units
 from taskmesh.worker.attempt import Attempt
 from taskmesh.worker.failures import describe_violation
 from taskmesh.worker.reports import started
 from taskmesh.worker.values import celery_payload
+from taskmesh.worker.watching import CancelWatch
 
 if TYPE_CHECKING:
     from taskmesh.worker.app import WorkerApp
@@ -57,10 +58,11 @@ class MeshTask(Task):  # type: ignore[misc]  # Celery has no types
 
     contract: ClassVar[type[Contract] | None] = None
     transaction_mode: ClassVar[TransactionMode] = "whole"
+    force_cancel: ClassVar[bool] = False
 
     # A failure that may pass is retried after 1, 2, 4, 8 and 16 seconds, each shortened at random.
     autoretry_for = (TransientError, SoftTimeLimitExceeded)
-    dont_autoretry_for = (Reject, PermanentError)
+    dont_autoretry_for = (Reject, PermanentError, TaskCancelled)
     max_retries = 5
     retry_backoff = True
     retry_backoff_max = 600
@@ -89,6 +91,28 @@ class MeshTask(Task):  # type: ignore[misc]  # Celery has no types
             RuntimeError: No attempt is running.
         """
         return self._unit().key.task_id
+
+    @property
+    def is_cancelled(self) -> bool:
+        """True once somebody wants the running task cancelled; asks the database at most twice a second.
+
+        Raises:
+            RuntimeError: No attempt is running.
+        """
+        unit = self._unit()
+        if unit.watch is None:
+            unit.watch = CancelWatch(self.app.settings.database_url, unit.key.task_id)
+        return unit.watch.is_cancelled()
+
+    def raise_if_cancelled(self) -> None:
+        """Return at once, in a loop or before an expensive step, unless somebody wants the running task cancelled.
+
+        Raises:
+            TaskCancelled: Somebody does; let it pass. What the task wrote is undone, but for committed steps.
+            RuntimeError: No attempt is running.
+        """
+        if self.is_cancelled:
+            raise TaskCancelled("cancelled while it ran")
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from taskmesh import inbox, outbox
 from taskmesh.inbox import InboxState
 from taskmesh.outbox import OutboxMessage
+from taskmesh.worker.watching import CancelWatch
 
 CANCEL_SECONDS = 2.0
 
@@ -65,6 +66,7 @@ class Unit:
     def __init__(self, key: Key, sessions: Callable[[], TaskSession]) -> None:
         self.key = key
         self.messages: list[OutboxMessage] = []
+        self.watch: CancelWatch | None = None
         self._sessions = sessions
         self._session: TaskSession | None = None
         self._savepoint: SessionTransaction | None = None
