@@ -6,8 +6,8 @@ import signal
 from uuid import uuid4
 
 import pytest
-from running_orders import Orders
 
+from running_orders import Orders
 from taskmesh.testing.waiting import eventually
 
 
