@@ -1,4 +1,4 @@
-"""`python -m taskmesh_local up|down|status|logs|demo`: what the Makefile calls."""
+"""`python -m taskmesh_local up|down|status|logs|demo|faults`: what the Makefile calls."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one 
     folders = Folders.find()
     if words[:1] == ["demo"]:
         return _reporting(folders, console, lambda: demo(folders, console, words[1:]))
+    if words[:1] == ["faults"]:
+        from taskmesh_local.faults.command import main as run_campaign
+
+        return _reporting(folders, console, lambda: run_campaign(words[1:], console))
     options = _parser().parse_args(words)
     match options.command:
         case "up":
@@ -192,7 +196,7 @@ def _uptime(standing: Standing) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="taskmesh-local", description="The whole mesh on one machine.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="up | down | status | logs | demo")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="up | down | status | logs | demo | faults")
     start = commands.add_parser("up", help="start what does not run")
     start.add_argument("names", nargs="*", metavar="name", help="only these: " + ", ".join(NAMES))
     stop = commands.add_parser("down", help="stop everything, keep the data")
@@ -202,6 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("names", nargs="*", metavar="name", help="only these: " + ", ".join(NAMES))
     show.add_argument("-f", "--follow", action="store_true", help="go on printing until interrupted")
     commands.add_parser("demo", help="send 30 invoices through the mesh")
+    commands.add_parser("faults", help="harm a mesh of its own under load, and check what must hold")
     for page in ("inbox", "traces"):
         serve = commands.add_parser(page)
         serve.add_argument("--http-port", type=int, required=True)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 
 class TcpProxy:
-    """Forwards connections to a server until told to stall, slow, cut or refuse them; use it as an async context manager.
+    """Forwards connections to a server until told to stall, slow, cut or refuse them; an async context manager.
 
     Args:
         url: Of the server; `url` of the proxy is the same with the proxy's own port.

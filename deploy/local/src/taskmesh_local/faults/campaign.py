@@ -1,0 +1,196 @@
+"""One campaign: a mesh of its own, a load, a schedule of faults, healing, quiet, and the invariants."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from taskmesh.parts import PartMissing
+from taskmesh.parts.postgres import Postgres
+from taskmesh.parts.rabbitmq import RabbitMQ
+from taskmesh_local import backing, environment
+from taskmesh_local.faults import invariants, planted
+from taskmesh_local.faults.evidence import Databases, Evidence, queues
+from taskmesh_local.faults.injectors import Injectors
+from taskmesh_local.faults.journal import Journal
+from taskmesh_local.faults.load import Load
+from taskmesh_local.faults.orders import orders
+from taskmesh_local.faults.proxies import Proxies
+from taskmesh_local.faults.quiet import Watch
+from taskmesh_local.faults.report import Report
+from taskmesh_local.faults.schedule import Fault, Victims, plan
+from taskmesh_local.faults.supervisor import Supervisor
+from taskmesh_local.folders import Folders
+from taskmesh_local.mesh import Mesh
+from taskmesh_local.progress import Progress
+from taskmesh_local.roles import PACKAGES, ROLES, Fleet, Role
+from taskmesh_local.state import locked
+
+TRIALS = "taskmesh_local.faults.trials"
+FAULTS_A_MINUTE = 12.0
+RATE = 20.0
+SETTLE_SECONDS = 5.0
+"""A broker that is killed right after its queues were declared may lose one; that is set-up, not operation."""
+VARIABLES = {
+    # The inbox answers at once or not at all.
+    "TASKMESH_SMTP_ANSWER_SECONDS": "5",
+    "TASKMESH_RESEND_AFTER_SECONDS": "5",
+    "TASKMESH_WORKER_CONCURRENCY": "2",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a campaign is told.
+
+    Attributes:
+        seed: Decides the faults and the load.
+        minutes: How long load and faults go on.
+        rate: Orders a second; an order leads to one task or to several.
+        count: How many faults; None: twelve a minute.
+        plant: The bug that the roles are given.
+        limit_seconds: How long the healed mesh may take to finish its work.
+        standstill_seconds: How long nothing may happen meanwhile although work is left.
+        keep: Whether the mesh's folder stays when all is well, too.
+    """
+
+    seed: int
+    minutes: float
+    rate: float = RATE
+    count: int | None = None
+    plant: planted.Bug | None = None
+    limit_seconds: float = 240.0
+    standstill_seconds: float = 45.0
+    keep: bool = False
+
+    @property
+    def seconds(self) -> float:
+        return self.minutes * 60.0
+
+    def faults(self) -> list[Fault]:
+        """The schedule of faults."""
+        count = round(self.minutes * FAULTS_A_MINUTE) if self.count is None else self.count
+        return plan(self.seed, seconds=self.seconds, count=count, victims=Victims.of(fleet(self.plant).roles))
+
+    def replay(self) -> str:
+        """The command that runs the same campaign again."""
+        words = [f"--seed {self.seed}", f"--minutes {self.minutes:g}", f"--rate {self.rate:g}"]
+        words += [f"--faults {self.count}"] if self.count is not None else []
+        words += [f"--plant {self.plant}"] if self.plant else []
+        return " ".join([".venv/bin/python -m taskmesh_local faults", *words])
+
+
+def fleet(plant: planted.Bug | None) -> Fleet:
+    """The processes of `make up` and the trial worker's, with ports that nobody prefers."""
+    trials = (Role("trials", TRIALS, "relay"), Role("trials", TRIALS, "worker"))
+    # The door is opened last.
+    roles: list[Role] = [*ROLES[:-1], *trials, ROLES[-1]]
+    if plant:
+        # A reconciler would mend what is to be found.
+        roles = [planted.through(role, plant) for role in roles if role.role != "reconciler"]
+    return Fleet(PACKAGES | {"trials": TRIALS}, tuple(roles), variables=VARIABLES)
+
+
+async def run(options: Options, folder: Path, console: Console) -> Report:
+    """Run a campaign in an empty folder, and return what it found; nothing of it runs afterwards.
+
+    Raises:
+        PartMissing: A program is missing.
+        PartDidNotStart: The mesh did not come up in the first place.
+    """
+    journal = Journal(console)
+    # Servers that the caller's shell names are not to be harmed.
+    for name in environment.FILE_NAMES:
+        os.environ.pop(name, None)
+    folders = Folders(folder)
+    with locked(folders) as state:
+        async with contextlib.AsyncExitStack() as stack:
+            detours: list[Proxies] = []
+            mesh = Mesh(
+                state,
+                Progress(console),
+                fleet(options.plant),
+                by_way_of=lambda url: detours[0].detour(url) if detours else url,
+            )
+            stack.push_async_callback(asyncio.to_thread, mesh.down, purge=False)
+            await asyncio.to_thread(mesh.up, ())
+            database, broker = _servers(backing.postgres(state), backing.known_rabbitmq(state))
+            proxies = Proxies(database_url=database.url, broker_url=broker.amqp_url)
+            detours.append(await stack.enter_async_context(proxies))
+            everything = [name for name in fleet(options.plant).names if name != "traces"]
+            await asyncio.to_thread(mesh.up, everything)
+            roles = [role.name for role in fleet(options.plant).roles]
+            supervisor = Supervisor(mesh, state, roles, journal)
+            injectors = Injectors(supervisor, proxies, database, broker, journal)
+            injectors.keep_policies()
+            variables = environment.read(folders.env)
+            load = await stack.enter_async_context(
+                Load(variables["TASKMESH_URL"], variables["TASKMESH_API_KEY"], journal)
+            )
+            databases = Databases(
+                {service: variables[f"TASKMESH_{service.upper()}_DATABASE_URL"] for service in fleet(None).services}
+            )
+            watch = Watch(
+                databases=databases,
+                management_url=broker.management_url,
+                supervisor=supervisor,
+                journal=journal,
+                limit_seconds=options.limit_seconds,
+                standstill_seconds=options.standstill_seconds,
+            )
+            await asyncio.sleep(SETTLE_SECONDS)
+            async with _running(supervisor):
+                quiet = await _harm(options, journal, load, injectors, watch)
+            evidence = Evidence(load.books, databases, queues(broker.management_url), folders.mails)
+            return await asyncio.to_thread(_conclude, options, evidence, injectors, supervisor, quiet=quiet)
+
+
+async def _harm(options: Options, journal: Journal, load: Load, injectors: Injectors, watch: Watch) -> bool:
+    """Load and faults, then healing; True when everything came to rest."""
+    journal.begin()
+    faults = options.faults()
+    journal.note(f"load of {options.rate:g} orders/s and {len(faults)} faults for {options.seconds:.0f} s")
+    loading = asyncio.create_task(load.run(orders(options.seed, seconds=options.seconds, rate=options.rate)))
+    try:
+        await injectors.run(faults)
+        await asyncio.sleep(max(0.0, options.seconds - journal.seconds))
+        journal.note("healing")
+        await injectors.heal()
+        await loading
+    finally:
+        loading.cancel()
+        await asyncio.gather(loading, return_exceptions=True)
+    journal.note(f"every order is answered: {len(load.books.accepted)} tasks accepted")
+    quiet = await watch.until_quiet()
+    journal.note("quiet" if quiet else "not quiet")
+    return quiet
+
+
+def _conclude(
+    options: Options, evidence: Evidence, injectors: Injectors, supervisor: Supervisor, *, quiet: bool
+) -> Report:
+    findings = invariants.check(evidence)
+    return Report.of(options, evidence, findings, injectors, supervisor, quiet=quiet)
+
+
+def _servers(database: backing.AnyPostgres, broker: backing.AnyBroker | None) -> tuple[Postgres, RabbitMQ]:
+    if not isinstance(database, Postgres) or not isinstance(broker, RabbitMQ):
+        raise PartMissing("A campaign kills its servers: it needs PostgreSQL and rabbitmq-server on this machine.")
+    return database, broker
+
+
+@contextlib.asynccontextmanager
+async def _running(supervisor: Supervisor) -> AsyncIterator[None]:
+    """Watch over the roles for the block."""
+    watching = asyncio.create_task(supervisor.run())
+    try:
+        yield
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)

@@ -1,0 +1,87 @@
+"""Bugs that a campaign has to find: a role is run with one of them in it.
+
+    python -m taskmesh_local.faults.planted no-inbox billing_worker worker
+
+patches the library in this process and then runs the role's own program, so the code of the product holds no trace of
+it.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from enum import StrEnum
+from typing import Any
+
+from taskmesh_local.roles import Role
+
+
+class Bug(StrEnum):
+    """What can be planted."""
+
+    ACK_BEFORE_COMMIT = "ack-before-commit"
+    """A worker acknowledges a task when it begins it."""
+    NO_INBOX = "no-inbox"
+    """A worker does not ask whether it has done a task already."""
+    DELETE_BEFORE_CONFIRM = "delete-before-confirm"
+    """A relay deletes its rows before the broker has answered."""
+
+
+def through(role: Role, bug: Bug) -> Role:
+    """The role with the bug in it."""
+    return replace(role, through=(__name__, bug.value))
+
+
+def acknowledge_before_commit() -> None:
+    """Take the acknowledgement from the end of a task to its beginning, as Celery does by default."""
+    from taskmesh.worker.task import MeshTask
+
+    MeshTask.acks_late = False
+
+
+def skip_the_inbox() -> None:
+    """Let every delivery run, whatever the inbox says of its task."""
+
+
+def delete_before_confirm() -> None:
+    """Commit the deletion of the claimed rows, and only then publish them."""
+    from sqlalchemy import delete
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from taskmesh.outbox import outbox
+    from taskmesh.relay import Relay
+
+    claim = Relay._claim  # noqa: SLF001 - there is no other way in
+
+    async def claim_and_delete(self: Relay, connection: AsyncConnection) -> Any:
+        claimed = await claim(self, connection)
+        if claimed:
+            ids = [row.id for row, _ in claimed]
+            await connection.execute(delete(outbox).where(outbox.c.id.in_(ids)))
+            # The rest of the move needs a transaction to be open.
+            await connection.commit()
+            await connection.begin()
+        return claimed
+
+    Relay._claim = claim_and_delete  # type: ignore[method-assign] # noqa: SLF001 - as above
+
+
+PATCHES: dict[Bug, Callable[[], None]] = {
+    Bug.ACK_BEFORE_COMMIT: acknowledge_before_commit,
+    Bug.NO_INBOX: skip_the_inbox,
+    Bug.DELETE_BEFORE_CONFIRM: delete_before_confirm,
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Plant a bug in this process and run a package in it."""
+    bug, package, *rest = arguments
+    PATCHES[Bug(bug)]()
+    sys.argv = [package, *rest]
+    runpy.run_module(package, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
