@@ -15,8 +15,9 @@ import pytest
 import pytest_asyncio
 from sqlalchemy import select
 
-from gateway import dead_letters, idempotency, ledger
+from gateway import idempotency, ledger
 from gateway import projector as gateway_projector
+from gateway.dead_letters import letter as dead_letter
 from gateway.models import dead_letters as letters_table
 from gateway.models import idempotency_keys, manifests, tasks
 from gateway.projector import QUEUES, Projector, keep_house
@@ -267,7 +268,9 @@ async def test_a_long_backlog_of_old_idempotency_keys_is_forgotten_in_pieces(gat
         await connection.execute(idempotency_keys.update().values(created_at=datetime.now(UTC) - timedelta(hours=49)))
     stop = asyncio.Event()
 
-    house = asyncio.create_task(keep_house(gateway_engine, stop, forget_keys_after=timedelta(hours=48)))
+    house = asyncio.create_task(
+        keep_house(gateway_engine, stop, forget_keys_after=timedelta(hours=48), forget_letters_after=timedelta(days=30))
+    )
 
     async def nothing_is_left() -> bool:
         return not await rows(gateway_engine, idempotency_keys)
@@ -340,7 +343,7 @@ def _is_empty(channel) -> bool:
 
 
 def test_a_letters_fingerprint_tells_two_deaths_of_one_message_apart():
-    first, second = dead_letters.from_broker(dead(reason="rejected")), dead_letters.from_broker(dead(reason="expired"))
+    first, second = dead_letter.from_broker(dead(reason="rejected")), dead_letter.from_broker(dead(reason="expired"))
 
     assert first.fingerprint() != second.fingerprint()
 

@@ -10,6 +10,7 @@ Source: https://docs.celeryq.dev/en/stable/internals/protocol.html, held against
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -17,7 +18,7 @@ from typing import Any
 from uuid import UUID, uuid5
 
 from taskmesh import exchanges
-from taskmesh.contracts._base import TYPE_PATTERN
+from taskmesh.contracts._base import TYPE_MAX_LENGTH, TYPE_PATTERN
 from taskmesh.contracts.lifecycle import TaskKind
 from taskmesh.errors import PermanentError
 from taskmesh.outbox import OutboxMessage
@@ -30,6 +31,26 @@ EVENT_ID_HEADER = "taskmesh_event_id"
 ETA_HEADER = "taskmesh_eta"
 """The `eta` of a message that plain Celery published: our consumer moves it here, so no worker holds it in memory."""
 
+HEADERS = (
+    "task",
+    "id",
+    "root_id",
+    "parent_id",
+    "retries",
+    "replaced_task_nesting",
+    "timelimit",
+    "expires",
+    "traceparent",
+    "tracestate",
+    KIND_HEADER,
+    VERSION_HEADER,
+    TENANT_HEADER,
+    EXPIRES_HEADER,
+    EVENT_ID_HEADER,
+    ETA_HEADER,
+)
+"""What `read` reads."""
+
 REDACTED = "<redacted>"
 """Stands for the arguments in `argsrepr` and `kwargsrepr`, which Celery would fill with payload, and log."""
 
@@ -38,6 +59,11 @@ REPLACEMENT_STRIDE = 10_000
 
 MAX_SEQUENCE = 2**31 - 1
 """What the inbox's column holds."""
+
+ZLIB = ("application/x-gzip", "gzip", "zlib")
+"""What plain Celery writes into the header `compression`; the mesh itself never compresses."""
+
+MAX_DECOMPRESSED = 64 * 1024 * 1024
 
 
 class MalformedMessage(PermanentError):
@@ -183,10 +209,16 @@ def decode(headers: Mapping[str, Any] | None, properties: Mapping[str, Any], bod
     content_type = properties.get("content_type")
     if content_type != "application/json":
         raise MalformedMessage("content_type must be application/json")
+    compression = headers.get("compression") if headers else None
     try:
-        content = json.loads(body)
+        # Never guessed: json.loads would also take bytes in UTF-16 or UTF-32, which Celery's worker does not.
+        content = json.loads(_plain_body(body, compression).decode())
+    except UnicodeDecodeError as error:
+        raise MalformedMessage("body is not UTF-8") from error
     except ValueError as error:
         raise MalformedMessage("body is not JSON") from error
+    except RecursionError as error:
+        raise MalformedMessage("body is nested too deeply") from error
     return read(headers, content, priority=properties.get("priority"))
 
 
@@ -200,7 +232,7 @@ def read(headers: Mapping[str, Any] | None, content: Any, *, priority: int | Non
         raise MalformedMessage("headers are missing")
     args, kwargs = _arguments(content)
     type_name = headers.get("task")
-    if not isinstance(type_name, str) or not TYPE_PATTERN.fullmatch(type_name):
+    if not isinstance(type_name, str) or len(type_name) > TYPE_MAX_LENGTH or not TYPE_PATTERN.fullmatch(type_name):
         raise MalformedMessage("task must be a name like 'billing.invoice.issue'")
     timelimit = headers.get("timelimit")
     if timelimit is not None and not _is_timelimit(timelimit):
@@ -215,6 +247,8 @@ def read(headers: Mapping[str, Any] | None, content: Any, *, priority: int | Non
     # No part of the task, but trusted by whoever handles it.
     _time(headers, ETA_HEADER)
     _uuid(headers, EVENT_ID_HEADER)
+    if headers.get("eta"):
+        _moment(headers, "eta")
     task = TaskMessage(
         type=type_name,
         id=task_id,
@@ -235,6 +269,21 @@ def read(headers: Mapping[str, Any] | None, content: Any, *, priority: int | Non
     if task.sequence > MAX_SEQUENCE:
         raise MalformedMessage("retries and replaced_task_nesting are too large")
     return task
+
+
+def _plain_body(body: bytes, compression: Any) -> bytes:
+    if not compression:
+        return body
+    if compression not in ZLIB:
+        raise MalformedMessage("compression must be gzip")
+    decompressor = zlib.decompressobj()
+    try:
+        plain = decompressor.decompress(body, MAX_DECOMPRESSED)
+    except zlib.error as error:
+        raise MalformedMessage("body is not compressed as its header says") from error
+    if not decompressor.eof:
+        raise MalformedMessage("body is too large, or cut off")
+    return plain
 
 
 def _arguments(content: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -282,16 +331,19 @@ def _count(headers: Mapping[str, Any], name: str, *, default: int = 0) -> int:
 
 
 def _time(headers: Mapping[str, Any], name: str) -> datetime | None:
-    value = headers.get(name)
-    if value is None:
+    if headers.get(name) is None:
         return None
-    try:
-        moment = datetime.fromisoformat(value)
-    except (ValueError, TypeError) as error:
-        raise MalformedMessage(f"{name} must be an ISO 8601 time") from error
+    moment = _moment(headers, name)
     if moment.tzinfo is None:
         raise MalformedMessage(f"{name} must have an offset")
     return moment
+
+
+def _moment(headers: Mapping[str, Any], name: str) -> datetime:
+    try:
+        return datetime.fromisoformat(headers[name])
+    except (ValueError, TypeError) as error:
+        raise MalformedMessage(f"{name} must be an ISO 8601 time") from error
 
 
 def _text(headers: Mapping[str, Any], name: str) -> str | None:

@@ -142,8 +142,14 @@ async def project(settings: ProjectorSettings, stop: asyncio.Event) -> None:
         batch_size=settings.projector_batch_size,
         health=Health(settings.health_dir, f"{SERVICE}-projector"),
     )
-    keep_for = timedelta(hours=settings.idempotency_key_hours)
-    housekeeping = asyncio.create_task(keep_house(engine, stop, forget_keys_after=keep_for))
+    housekeeping = asyncio.create_task(
+        keep_house(
+            engine,
+            stop,
+            forget_keys_after=timedelta(hours=settings.idempotency_key_hours),
+            forget_letters_after=timedelta(days=settings.dead_letter_days),
+        )
+    )
     try:
         await consumer.run(stop)
     finally:

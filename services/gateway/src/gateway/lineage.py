@@ -25,7 +25,7 @@ _LISTENERS = text(
 
 async def with_children(connection: AsyncConnection, events: Sequence[LifecycleEvent]) -> list[LifecycleEvent]:
     """The events, and one for each task that they say was started."""
-    told = list(_flat(events))
+    told = list(flat(events))
     types = sorted({event.type for event in told if _is_emitted(event)})
     listeners = await _listeners(connection, types) if types else {}
     return [
@@ -35,9 +35,10 @@ async def with_children(connection: AsyncConnection, events: Sequence[LifecycleE
     ]
 
 
-def _flat(events: Iterable[LifecycleEvent]) -> Iterator[LifecycleEvent]:
+def flat(events: Iterable[LifecycleEvent]) -> Iterator[LifecycleEvent]:
+    """All events that are told of, each after those of its children."""
     for event in events:
-        yield from _flat(event.children)
+        yield from flat(event.children)
         yield event
 
 

@@ -91,6 +91,18 @@ _KINDS: Final = (
         advice="Cancel without `force`, or have the type announce `force_cancel`.",
     ),
     Kind(
+        code="already_resolved",
+        status=409,
+        title="The dead letter was replayed or discarded already",
+        advice="A letter is resolved once. `Location` leads to the task that it was replayed as, if it was.",
+    ),
+    Kind(
+        code="unreadable",
+        status=422,
+        title="The dead letter cannot be read",
+        advice="Send it again with the `type` and the `payload` that it should have had.",
+    ),
+    Kind(
         code="conflict",
         status=409,
         title="The request contradicts what is stored",

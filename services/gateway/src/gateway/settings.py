@@ -32,6 +32,8 @@ class ProjectorSettings(ServiceSettings):
     """Messages that become durable with one commit."""
     idempotency_key_hours: Annotated[float, Field(ge=24)] = 48
     """How long a repeated request still gets its first answer."""
+    dead_letter_days: Annotated[float, Field(ge=1)] = 30
+    """How long a dead letter is kept once it was replayed or discarded; an open one is kept until then."""
 
 
 class SchedulerSettings(ServiceSettings):
