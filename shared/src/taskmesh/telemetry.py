@@ -3,7 +3,7 @@
 The API is used everywhere; the SDK is set up here, once in each process that does work. Without
 `OTEL_EXPORTER_OTLP_ENDPOINT` nothing is exported and nothing is waited for.
 
-Spans and attributes are listed in docs/telemetry.md.
+Spans, attributes and metrics are listed in docs/telemetry.md.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
-from opentelemetry import context, propagate, trace
+from opentelemetry import context, metrics, propagate, trace
 from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.metrics import Meter
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -28,6 +32,7 @@ ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 TRACE_CONTEXT = TraceContextTextMapPropagator()
 
 _provider: TracerProvider | None = None
+_meters: MeterProvider | None = None
 
 
 def start(service: str, role: str) -> None:
@@ -56,6 +61,8 @@ def stop() -> None:
     """Export what is recorded; called last in an orderly shutdown."""
     if _provider is not None:
         _provider.shutdown()
+    if _meters is not None:
+        _meters.shutdown()
 
 
 def release() -> str:
@@ -69,6 +76,19 @@ def release() -> str:
 def tracer() -> Tracer:
     """The mesh's tracer."""
     return trace.get_tracer("taskmesh", release())
+
+
+def meter() -> Meter:
+    """The mesh's meter. Metrics are exported from the first call on, every `OTEL_METRIC_EXPORT_INTERVAL` milliseconds.
+
+    A process that measures nothing has no thread for it, and pool children, which are forked, have none to lose.
+    """
+    global _meters  # noqa: PLW0603 - OpenTelemetry's own provider is a process-wide global too
+    if _meters is None and _provider is not None:
+        reader = PeriodicExportingMetricReader(OTLPMetricExporter())
+        _meters = MeterProvider([reader], resource=_provider.resource)
+        metrics.set_meter_provider(_meters)
+    return metrics.get_meter("taskmesh", release())
 
 
 def current_traceparent() -> str | None:

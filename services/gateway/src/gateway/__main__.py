@@ -1,4 +1,4 @@
-"""The gateway's roles: `python -m gateway setup|api|projector|scheduler|relay`, and `keys` to hand out API keys."""
+"""`python -m gateway setup|api|projector|scheduler|relay|reconciler`: the roles; and `keys` to hand out API keys."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from gateway.settings import (
     GatewaySetupSettings,
     KeysSettings,
     ProjectorSettings,
+    ReconcilerSettings,
     SchedulerSettings,
 )
 from taskmesh import logs, telemetry
@@ -50,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         case "relay":
             relaying = load(GatewayRelaySettings)
             _run("relay", relaying, lambda stop: relay(relaying, stop))
+        case "reconciler":
+            reconciling = load(ReconcilerSettings)
+            _run("reconciler", reconciling, lambda stop: reconcile(reconciling, stop))
         case _:
             asyncio.run(keys(load(KeysSettings), options))
 
@@ -63,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     roles.add_parser("projector", help="write what workers report into the ledger")
     roles.add_parser("scheduler", help="fire schedules")
     roles.add_parser("relay", help="publish the outbox")
+    roles.add_parser("reconciler", help="watch the queues, and account for every task")
     commands = roles.add_parser("keys", help="API keys").add_subparsers(dest="command", required=True)
     create = commands.add_parser("create", help="make a key and print it, once")
     create.add_argument("--name", required=True, help="who will hold it")
@@ -184,6 +189,13 @@ async def relay(settings: GatewayRelaySettings, stop: asyncio.Event) -> None:
         ).run(stop)
     finally:
         await engine.dispose()
+
+
+async def reconcile(settings: ReconcilerSettings, stop: asyncio.Event) -> None:
+    """Watch the queues, and account for every task."""
+    from gateway import reconciler
+
+    await reconciler.run(settings, stop)
 
 
 async def keys(settings: KeysSettings, options: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from taskmesh.settings import PostgresUrl, RelaySettings, ServiceSettings, SetupSettings
@@ -39,6 +39,22 @@ class ProjectorSettings(ServiceSettings):
 class SchedulerSettings(ServiceSettings):
     scheduler_poll_seconds: Annotated[float, Field(gt=0, le=60)] = 1.0
     """The longest sleep between looks at the schedules."""
+
+
+class ReconcilerSettings(ServiceSettings):
+    """The reconciler role. Of the broker's address it uses the virtual host alone: it looks through the other one."""
+
+    management_url: SecretStr
+    """`http://user:password@host:port` of RabbitMQ's management API; a user with the tag `monitoring`, and no rights on
+    anything."""
+    observe_seconds: Annotated[float, Field(gt=0, le=20)] = 5.0
+    """How often the queues are looked at."""
+    reconcile_interval_seconds: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    """The pause between two audits that nobody has asked for."""
+    reconcile_grace_seconds: Annotated[float, Field(ge=0)] = 60.0
+    """Tasks with newer news than that are on their way, and not examined."""
+    redrive: bool = True
+    """Send the message of a task again that is unaccounted for."""
 
 
 class GatewayRelaySettings(RelaySettings):
