@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from taskmesh.celery_protocol import TaskMessage
 from taskmesh.database import sync_engine
 from taskmesh.management import Management
 from taskmesh.parts.postgres import Postgres
-from taskmesh.parts.rabbitmq import RabbitMQ, installed_server
+from taskmesh.parts.rabbitmq import RabbitMQ, find
 from taskmesh.testing.proxy import TcpProxy
 from taskmesh.testing.waiting import eventually
 
@@ -33,7 +34,9 @@ FRAGILE = Path(__file__).parents[1] / "services" / "fragile_orders.py"
 class Fragile(Orders):
     """The orders service, whose tasks wait for a test's word and write down their starts."""
 
-    def spawn(self, role: str, *, script: Path | None = None, **variables: str) -> subprocess.Popen[bytes]:
+    def spawn(
+        self, role: str, *, script: Path | None = None, start_new_session: bool = False, **variables: str
+    ) -> subprocess.Popen[bytes]:
         """Start a role, or a program that stands in for it, and do not wait until it is ready."""
         (self.health / f"orders-{role}.ready").unlink(missing_ok=True)
         with (self.health / f"{role}.log").open("ab") as log:
@@ -42,6 +45,7 @@ class Fragile(Orders):
                 env=self.environment | variables,
                 stdout=log,
                 stderr=log,
+                start_new_session=start_new_session,
             )
         return self.processes[role]
 
@@ -84,6 +88,23 @@ class Fragile(Orders):
             outbox.put(session, [celery_protocol.command(message)])
             session.commit()
         engine.dispose()
+
+    def children(self) -> list[int]:
+        """The processes of the worker's pool."""
+        pid = self.processes["worker"].pid
+        try:
+            return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        except OSError:
+            return []
+
+    def catches_sigterm(self) -> bool:
+        """True once the worker has a handler of its own for SIGTERM."""
+        try:
+            status = Path(f"/proc/{self.processes['worker'].pid}/status").read_text()
+        except OSError:
+            return False
+        [caught] = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")]
+        return bool(int(caught, 16) & 1 << (signal.SIGTERM - 1))
 
     def outbox(self) -> int:
         """How many rows wait to be published: tasks, not reports."""
@@ -132,11 +153,11 @@ def ledger(postgres: str, orders: Fragile, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def own_rabbitmq() -> Iterator[RabbitMQ]:
     """A broker that the module may kill."""
-    if installed_server() is None:
-        pytest.skip("needs an installed rabbitmq-server, to kill it and to raise its alarms")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         Path(folder).chmod(0o755)
-        server = RabbitMQ(Path(folder) / "rabbitmq")
+        server = find(Path(folder) / "rabbitmq", say=print)
+        if not isinstance(server, RabbitMQ):
+            pytest.skip("needs an installed rabbitmq-server, to raise its alarms")
         server.start()
         try:
             yield server

@@ -333,5 +333,37 @@ def count_start(task: MeshTask) -> int:
         return int(session.scalar(statement, {"task_id": task.task_id}) or 0)
 
 
+@app.task(name="orders.cancel.loop", bind=True)
+def loop(self: MeshTask, watched: bool = True) -> None:
+    """Does not end by itself, but looks whether it is wanted; or does not even look."""
+    record(self, "loop")
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if watched:
+            self.raise_if_cancelled()
+        time.sleep(0.02)
+
+
+@app.task(name="orders.cancel.grind", bind=True, force_cancel=True)
+def grind(self: MeshTask) -> None:
+    """Hears nothing, but may be killed."""
+    record(self, "ground")
+    time.sleep(60)
+
+
+@app.task(name="orders.cancel.step", bind=True, transaction="last", force_cancel=True)
+def grind_after_step(self: MeshTask) -> None:
+    """Commits a step, then hears nothing, but may be killed."""
+    count_start(self)
+    time.sleep(60)
+
+
+@app.task(name="orders.cancel.later", bind=True)
+def later(self: MeshTask) -> None:
+    """Asks for another attempt in an hour."""
+    record(self, "later")
+    raise self.retry(countdown=3600)
+
+
 if __name__ == "__main__":
     main(app)

@@ -44,7 +44,11 @@ class Gateway:
     def start(self, role: str) -> None:
         """Start a role and wait until it is ready."""
         self.spawn(role)
-        eventually((self.folder / f"gateway-{role}.ready").exists)
+        self.wait_until_ready(role)
+
+    def wait_until_ready(self, role: str) -> None:
+        log = self.folder / f"gateway-{role}.log"
+        eventually((self.folder / f"gateway-{role}.ready").exists, explain=lambda: log.read_text()[-2000:])
 
     def stop_role(self, role: str) -> None:
         """Ask a role to end, and wait until it has."""
@@ -137,7 +141,9 @@ def running_gateway(postgres: str, amqp_url: str, management_url: str, folder: P
     gateway = Gateway(database_url, environment, folder)
     try:
         for role in roles:
-            gateway.start(role)
+            gateway.spawn(role)
+        for role in roles:
+            gateway.wait_until_ready(role)
         yield gateway
     finally:
         gateway.stop()
