@@ -151,6 +151,12 @@ _KINDS: Final = (
         advice="Nothing was accepted. Repeat with the same idempotency key after `Retry-After` seconds.",
     ),
     Kind(
+        code="reconciler_silent",
+        status=503,
+        title="No reconciler has finished an audit in time",
+        advice="See that the role `reconciler` runs. GET /v1/reconciliation has the last audit.",
+    ),
+    Kind(
         code="internal",
         status=500,
         title="The gateway failed",
