@@ -193,3 +193,83 @@ async def test_a_retry_of_a_root_lives_in_the_same_tree(gateway_engine):
         found = (await connection.execute(select(tasks.c.id).where(tasks.c.root_id == task_id))).scalars().all()
     assert unfinished == 1
     assert set(found) == {task_id, new_id}
+
+
+class TestOverHttp:
+    async def _failed(self, api, **fields: Any) -> dict[str, Any]:
+        view = await api.submit(**fields)
+        await end(api.engine, UUID(view["id"]), TaskState.FAILED)
+        return view
+
+    async def test_a_retry_is_answered_with_the_new_task(self, api):
+        view = await self._failed(api)
+
+        response = await api.http.post(f"/v1/tasks/{view['id']}:retry")
+
+        new = response.json()
+        assert (response.status_code, response.headers["location"]) == (202, f"/v1/tasks/{new['id']}")
+        assert (new["retry_of"], new["state"], new["payload"]) == (view["id"], "queued", {"name": "Ada"})
+        assert (await api.http.get(f"/v1/tasks/{view['id']}")).json()["retried_as"] == new["id"]
+        assert (await api.http.get(f"/v1/tasks/{new['id']}")).json() == new
+
+    async def test_another_payload_is_held_against_the_contract(self, api):
+        view = await self._failed(api)
+
+        bad = await api.http.post(f"/v1/tasks/{view['id']}:retry", json={"payload": {"name": ""}})
+        good = await api.http.post(f"/v1/tasks/{view['id']}:retry", json={"payload": {"name": "Grace"}})
+
+        assert (bad.status_code, bad.json()["code"], bad.json()["errors"][0]["pointer"]) == (
+            422,
+            "contract_violation",
+            "/payload/name",
+        )
+        assert good.json()["payload"] == {"name": "Grace"}
+
+    async def test_a_listeners_payload_is_held_against_what_the_listener_announces(self, api):
+        task_id = uuid4()
+        told: dict[str, Any] = {"type": "billing.invoice.issued", "kind": TaskKind.EVENT, "event_id": uuid4()}
+        await end(api.engine, task_id, TaskState.FAILED, payload={"n": 1}, **told)
+
+        response = await api.http.post(f"/v1/tasks/{task_id}:retry")
+
+        assert (response.status_code, response.json()["kind"], response.json()["payload"]) == (202, "event", {"n": 1})
+
+    @pytest.mark.parametrize(
+        ("state", "code"),
+        [(None, "not_failed"), (TaskState.SUCCEEDED, "not_failed"), (TaskState.RUNNING, "not_failed")],
+    )
+    async def test_what_has_not_ended_badly_is_409(self, api, state, code):
+        view = await api.submit()
+        if state is not None:
+            await end(api.engine, UUID(view["id"]), state)
+
+        response = await api.http.post(f"/v1/tasks/{view['id']}:retry")
+
+        assert (response.status_code, response.json()["code"]) == (409, code)
+
+    async def test_a_second_retry_is_409_and_names_the_first(self, api):
+        view = await self._failed(api)
+        new = (await api.http.post(f"/v1/tasks/{view['id']}:retry")).json()
+
+        response = await api.http.post(f"/v1/tasks/{view['id']}:retry")
+
+        assert (response.status_code, response.json()["code"]) == (409, "already_retried")
+        assert new["id"] in response.json()["detail"]
+
+    async def test_a_payload_that_nobody_knows_is_409(self, api):
+        task_id = uuid4()
+        await end(api.engine, task_id, TaskState.FAILED)
+
+        response = await api.http.post(f"/v1/tasks/{task_id}:retry")
+
+        assert (response.status_code, response.json()["code"]) == (409, "payload_unknown")
+
+    async def test_ten_requests_under_one_key_are_one_task_and_one_answer(self, api):
+        view = await self._failed(api)
+        url, headers = f"/v1/tasks/{view['id']}:retry", {"Idempotency-Key": "again"}
+
+        answers = await asyncio.gather(*(api.http.post(url, headers=headers) for _ in range(10)))
+
+        assert {answer.status_code for answer in answers} == {202}
+        assert len({answer.content for answer in answers}) == 1
+        assert sum("idempotent-replayed" in answer.headers for answer in answers) == 9

@@ -16,7 +16,7 @@ from gateway.catalogue import Catalogue
 from gateway.dependencies import Gateway
 from gateway.headers import SafeHeaders
 from gateway.openapi import LiveOpenApi
-from gateway.routes import documents, probes, schedules, tasks, types
+from gateway.routes import dead_letters, documents, probes, reconciliation, schedules, task_actions, tasks, types
 from gateway.settings import ApiSettings
 from gateway.transactions import open_engine
 from gateway.waiting import Doorbell
@@ -68,7 +68,17 @@ def create_app(settings: ApiSettings, health: Health | None = None) -> FastAPI:
     )
     app.state.gateway = gateway
     app.state.openapi = LiveOpenApi(app, release())
-    routers = (tasks.router, types.router, schedules.router, probes.router, documents.router)
+    # An action of a task would otherwise be read as part of its id.
+    routers = (
+        task_actions.router,
+        tasks.router,
+        types.router,
+        schedules.router,
+        dead_letters.router,
+        reconciliation.router,
+        probes.router,
+        documents.router,
+    )
     for router in routers:
         app.include_router(router)
     app.mount("/docs/swagger-ui", documents.SWAGGER_UI)

@@ -112,6 +112,13 @@ class Catalogue:
             snapshot = await self.current(max_age_seconds=0)
         return snapshot.commands.get(type_name), snapshot
 
+    async def find(self, type_name: str, kind: TaskKind, service: str) -> KnownType | None:
+        """The command of that name, or the service's handler of the event of that name."""
+        if kind is TaskKind.COMMAND:
+            known, _ = await self.find_command(type_name)
+            return known
+        return (await self.current(max_age_seconds=0)).listener(type_name, service)
+
     async def _read(self) -> None:
         started_at = time.monotonic()
         async with transaction(self._engine) as connection:

@@ -22,8 +22,10 @@ RANK: Final[Mapping[TaskState, int]] = {
 }
 """Orders the states within one attempt; between attempts `sequence` decides."""
 
-STARTED: Final = frozenset({TaskState.RUNNING, TaskState.RETRYING, TaskState.SUCCEEDED, TaskState.FAILED})
-"""States that an attempt can be in only after it was started."""
+COUNTED: Final = frozenset(
+    {TaskState.RUNNING, TaskState.RETRYING, TaskState.SUCCEEDED, TaskState.FAILED, TaskState.CANCELLED}
+)
+"""States whose reports say how often the task was started."""
 
 BEFORE_EVERYTHING: Final = -1
 """The sequence of a task that the ledger learns of through its first event: any event is news to it."""
@@ -78,7 +80,7 @@ class Progress:
             Whether that was new.
         """
         before = (self.attempt, self.queued_at, self.started_at, self.error)
-        if event.state in STARTED:
+        if event.state in COUNTED:
             self.attempt = max(self.attempt, event.attempt)
         if event.state is TaskState.QUEUED and not tells_of_loss(event):
             self.queued_at = _earlier(self.queued_at, event.at)

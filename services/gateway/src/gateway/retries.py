@@ -7,7 +7,7 @@ same is done for a dead letter whose task the ledger has never seen.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 from uuid import UUID
@@ -75,6 +75,7 @@ async def retry(
     task_id: UUID,
     *,
     payload: Mapping[str, Any] | None = None,
+    version: int | None = None,
     due_at: datetime | None = None,
     api_key_id: UUID | None = None,
     traceparent: str | None = None,
@@ -85,6 +86,7 @@ async def retry(
 
     Args:
         payload: Instead of the task's own.
+        version: Of the contract that the payload fits; None for the task's own.
         due_at: Not published before; None means at once.
 
     Raises:
@@ -93,13 +95,23 @@ async def retry(
         AlreadyRetried: A later try has not ended, or has succeeded.
         PayloadUnknown: No payload is given, and the ledger has none.
     """
-    last = await _newest_try(connection, task_id)
-    chosen = payload if payload is not None else last.payload
+    last = await newest_try(connection, task_id)
+    origin = origin_of(last, payload_for(last, payload))
+    if version is not None:
+        origin = replace(origin, version=version)
+    return await submit_again(connection, origin, due_at=due_at, api_key_id=api_key_id, traceparent=traceparent)
+
+
+def payload_for(task: Row[Any], given: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The payload that is given, or else the task's own.
+
+    Raises:
+        PayloadUnknown: There is none.
+    """
+    chosen: Mapping[str, Any] | None = given if given is not None else task.payload
     if chosen is None:
-        raise PayloadUnknown(f"the ledger does not know the payload of task {last.id}; send one")
-    return await submit_again(
-        connection, origin_of(last, chosen), due_at=due_at, api_key_id=api_key_id, traceparent=traceparent
-    )
+        raise PayloadUnknown(f"the ledger does not know the payload of task {task.id}; send one")
+    return chosen
 
 
 def origin_of(task: Row[Any], payload: Mapping[str, Any]) -> Origin:
@@ -171,8 +183,12 @@ async def _link(connection: AsyncConnection, task_id: UUID, new: NewTask, api_ke
     )
 
 
-async def _newest_try(connection: AsyncConnection, task_id: UUID) -> Row[Any]:
-    """The task that is to be tried again, locked together with its tree's root."""
+async def newest_try(connection: AsyncConnection, task_id: UUID) -> Row[Any]:
+    """The task that is to be tried again: it, or its newest try; locked together with its tree's root.
+
+    Raises:
+        NotFound, NotFailed, AlreadyRetried: See `retry`.
+    """
     asked = await ledger.get_task(connection, task_id)
     seen = await _last_of_chain(connection, task_id)
     await ledger.lock(connection, [task_id, seen, asked.root_id])
@@ -202,18 +218,10 @@ async def check(catalogue: Catalogue, origin: Origin) -> KnownType:
     Raises:
         Problem: `unknown_type` or `contract_violation`.
     """
-    known = await _find(catalogue, origin)
+    known = await catalogue.find(origin.type, origin.kind, origin.service)
     if known is None:
         raise Problem("unknown_type", "no worker announces the type of this task any more")
     errors = known.validator.errors(origin.payload)
     if errors:
         raise Problem("contract_violation", f"the payload does not fit {known.type}", errors=errors)
     return known
-
-
-async def _find(catalogue: Catalogue, origin: Origin) -> KnownType | None:
-    if origin.kind is TaskKind.COMMAND:
-        known, _ = await catalogue.find_command(origin.type)
-        return known
-    snapshot = await catalogue.current(max_age_seconds=0)
-    return snapshot.listener(origin.type, origin.service)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +25,7 @@ from gateway.dependencies import Gateway, GatewayParts
 from gateway.ledger import Filter
 from gateway.new_tasks import NewTask
 from gateway.problems import KINDS, FieldError, Problem, declare, pointer
+from gateway.routes.preferences import Prefer, wait_seconds
 from gateway.schemas import (
     BatchSubmission,
     TaskBatch,
@@ -45,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/tasks", tags=["tasks"], route_class=JsonRoute)
 
-MAX_WAIT_SECONDS: Final = 60
 MANY: Final = 20
 """More payloads than these are validated off the event loop, which has other callers to serve."""
 
@@ -57,10 +56,6 @@ IdempotencyKey = Annotated[
         description="Names this request: repeated under the same key it is accepted once and answered alike. "
         "Kept for at least 24 hours, and known to your API key alone.",
     ),
-]
-Prefer = Annotated[
-    str | None,
-    Header(description=f"`wait=N` holds the answer for up to N (at most {MAX_WAIT_SECONDS}) seconds (RFC 7240)."),
 ]
 TaskId = Annotated[UUID, Path(description="The task's id.")]
 
@@ -187,7 +182,7 @@ async def get_task(task_id: TaskId, _: TaskReader, gateway: GatewayParts, prefer
     async with transaction(gateway.engine) as connection:
         row = await ledger.get_task(connection, task_id)
     headers = {}
-    seconds = _wait_seconds(prefer)
+    seconds = wait_seconds(prefer)
     if seconds:
         headers["Preference-Applied"] = f"wait={seconds}"
         if not TaskState(row.state).terminal:
@@ -364,7 +359,7 @@ async def recall(gateway: Gateway, client: Client, key: str | None, request: Bas
 async def _answer_submission(gateway: Gateway, accepted: _Accepted, prefer: str | None) -> Response:
     task_id = UUID(pydantic_core.from_json(accepted.body)["id"])
     headers = {"Location": f"/v1/tasks/{task_id}", **_replayed(accepted)}
-    seconds = _wait_seconds(prefer)
+    seconds = wait_seconds(prefer)
     if seconds:
         headers["Preference-Applied"] = f"wait={seconds}"
         try:
@@ -380,9 +375,3 @@ async def _answer_submission(gateway: Gateway, accepted: _Accepted, prefer: str 
 
 def _replayed(accepted: _Accepted) -> dict[str, str]:
     return {"Idempotent-Replayed": "true"} if accepted.replayed else {}
-
-
-def _wait_seconds(prefer: str | None) -> int:
-    """The seconds of a `wait` preference, at most 60; 0 without one. Preferences that cannot be read are ignored."""
-    found = re.search(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})", prefer or "", re.IGNORECASE)
-    return min(int(found[1]), MAX_WAIT_SECONDS) if found else 0
