@@ -400,17 +400,16 @@ async def test_a_batch_whose_confirms_are_lost_is_published_again(engine, broker
 
 
 async def test_a_message_that_costs_the_connection_each_time_steps_aside_for_the_others(engine, broker):
-    """The broker closes the connection, not the channel, over a delivery mode it does not know."""
+    """Over a header that fits no frame the broker closes the connection, not the channel."""
     good = [command() for _ in range(5)]
-    bad = OutboxMessage(
-        exchange="taskmesh.commands", routing_key="billing.x", body=b"{}", properties={"delivery_mode": 77}
-    )
+    headers = {"note": "x" * 200_000}
+    bad = OutboxMessage(exchange="taskmesh.commands", routing_key="billing.x", body=b"{}", headers=headers)
     await put(engine, *good[:2], bad, *good[2:])
 
     async with relaying(engine, broker.amqp_url, poll_seconds=0.1):
         rows = await _until(engine, lambda rows: len(rows) == 1)
 
-    assert rows[0].properties == {"delivery_mode": 77}
+    assert rows[0].headers == headers
     assert rows[0].failures >= 1
 
 
