@@ -209,8 +209,11 @@ class Attempt:
         if entry.cancelled:
             raise TaskCancelled("cancelled before its attempt began")
         if self.losses and self._spent(self.starts - 1):
+            losses = self.losses
+            # This delivery runs nothing, so it is not told as an attempt.
+            self.starts -= 1
             raise Poison(
-                f"started {self.starts - 1} times, and {self.losses} times without an end: the task kills its worker,"
+                f"started {self.starts} times, and {losses} times without an end: the task kills its worker,"
                 " uses up its memory or its time, or the worker was killed; no attempt is left"
             )
 
