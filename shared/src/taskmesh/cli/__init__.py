@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from taskmesh.cli import schedules, tasks, types
+from taskmesh.cli import schedules, tasks, types, verify
 from taskmesh.cli.failures import UsageError, describe
 from taskmesh.cli.output import print_error
 from taskmesh.client import ClientError
@@ -27,6 +27,7 @@ app.command()(tasks.wait)
 app.command("list")(tasks.list_tasks)
 app.command()(tasks.tail)
 app.command()(types.types)
+app.command()(verify.verify)
 app.add_typer(schedules.app, name="schedules")
 
 
