@@ -31,6 +31,14 @@ from taskmesh.testing.waiting import eventually
 FRAGILE = Path(__file__).parents[1] / "services" / "fragile_orders.py"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give the tests of this folder time for the start of servers of their own."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.timeout(300))
+
+
 class Fragile(Orders):
     """The orders service, whose tasks wait for a test's word and write down their starts."""
 
@@ -134,20 +142,38 @@ class Fragile(Orders):
         return self.notes(task_id) == ["done"]
 
 
-@pytest.fixture(scope="module")
-def orders(postgres: str, rabbitmq: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orders]:
-    """One service for the module: a test that breaks it mends it."""
+@pytest.fixture(scope="session")
+def shared_orders(postgres: str, rabbitmq: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fragile]:
+    """One service for all modules, because it takes seconds to start."""
     folder = tmp_path_factory.mktemp("orders")
     with orders_service(postgres, rabbitmq, folder, script=FRAGILE, kind=Fragile) as service:
         yield service
 
 
-@pytest.fixture(scope="module")
-def ledger(postgres: str, orders: Fragile, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway's database, and the projector that writes what is reported of the orders service into it."""
+@pytest.fixture(scope="session")
+def shared_ledger(postgres: str, shared_orders: Fragile, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """One ledger for it."""
     folder = tmp_path_factory.mktemp("gateway")
-    with running_gateway(postgres, orders.amqp_url, orders.management_url, folder, "projector") as gateway:
+    urls = (shared_orders.amqp_url, shared_orders.management_url)
+    with running_gateway(postgres, *urls, folder, "projector") as gateway:
         yield gateway
+
+
+@pytest.fixture
+def orders(shared_orders: Fragile) -> Fragile:
+    """The service, with a relay and a worker that work; a test may leave them stopped."""
+    for role in ("relay", "worker"):
+        if shared_orders.processes[role].poll() is not None:
+            shared_orders.start(role)
+    return shared_orders
+
+
+@pytest.fixture
+def ledger(shared_ledger: Gateway) -> Gateway:
+    """A gateway's database, and a projector that writes what is reported of the orders service into it."""
+    if shared_ledger.processes["projector"].poll() is not None:
+        shared_ledger.start("projector")
+    return shared_ledger
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,6 @@ from taskmesh.testing.waiting import eventually
 from .conftest import Fragile
 
 
-@pytest.fixture(autouse=True)
-def a_worker(orders: Fragile) -> None:
-    """Every test finds a worker that works."""
-    if orders.processes["worker"].poll() is not None:
-        orders.start("worker", TASKMESH_SOFT_SHUTDOWN_SECONDS="5")
-
-
 def test_warm_shutdown(orders: Fragile, ledger: Gateway) -> None:
     """A task that ends within the soft shutdown time ends in its worker."""
     task_id = orders.send("orders.loss.whole")

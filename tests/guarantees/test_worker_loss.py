@@ -6,21 +6,12 @@ import os
 import signal
 from pathlib import Path
 
-import pytest
-
 from running_gateway import Gateway
 from taskmesh.testing.waiting import eventually
 
 from .conftest import Fragile
 
 MEMORY_LIMIT_KB = 250 * 1024
-
-
-@pytest.fixture(autouse=True)
-def a_worker(orders: Fragile) -> None:
-    """Every test finds a worker that works."""
-    if orders.processes["worker"].poll() is not None:
-        orders.start("worker")
 
 
 def test_worker_sigkill_in_the_child(orders: Fragile, ledger: Gateway) -> None:

@@ -93,8 +93,8 @@ class Gateway:
         """How many rows wait to be published."""
         return int(self.rows("select count(*) from outbox")[0]["count"])
 
-    def http(self) -> httpx.Client:
-        """A caller who may do everything."""
+    def http(self, scopes: str = "tasks:write,tasks:read") -> httpx.Client:
+        """A caller who may do that much."""
         words = [
             sys.executable,
             "-m",
@@ -104,7 +104,7 @@ class Gateway:
             "--name",
             "test",
             "--scopes",
-            "tasks:write,tasks:read",
+            scopes,
         ]
         made = subprocess.run(words, env=self.environment, capture_output=True, text=True, check=True)
         found = re.search(r"http://127\.0\.0\.1:(\d+)", (self.folder / "gateway-api.log").read_text())
