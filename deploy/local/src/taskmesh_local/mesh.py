@@ -18,7 +18,7 @@ from taskmesh.parts.processes import Process, log_end, spawn
 from taskmesh.parts.rabbitmq import RabbitMQ
 from taskmesh_local import backing, environment
 from taskmesh_local.backing import Access, AnyBroker, AnyPostgres
-from taskmesh_local.folders import Folders
+from taskmesh_local.folders import FOLDER_VARIABLE, Folders
 from taskmesh_local.progress import Progress
 from taskmesh_local.roles import FLEET, PAGES, Fleet, Role
 from taskmesh_local.state import State
@@ -181,7 +181,8 @@ class Mesh:
                     if name == "inbox":
                         ports["smtp"] = self._state.port("smtp")
                     options = [f"--{option}-port={port}" for option, port in ports.items()]
-                    self._spawn(name, [sys.executable, "-m", "taskmesh_local", name, *options], {})
+                    command = [sys.executable, "-m", "taskmesh_local", name, *options]
+                    self._spawn(name, command, {FOLDER_VARIABLE: str(self._folders.root)})
             self._state.save()
             for name in names:
                 self._wait_until_ready(name)

@@ -41,7 +41,7 @@ VARIABLES = {
     # The inbox answers at once or not at all.
     "TASKMESH_SMTP_ANSWER_SECONDS": "5",
     "TASKMESH_RESEND_AFTER_SECONDS": "5",
-    "TASKMESH_WORKER_CONCURRENCY": "2",
+    "TASKMESH_WORKER_CONCURRENCY": "4",
 }
 
 

@@ -26,7 +26,7 @@ WELL_SECONDS = 10.0
 SERVER_TRIES = 3
 NO_MEMORY = ("set_vm_memory_high_watermark", "absolute", "1MB")
 ENOUGH_MEMORY = ("set_vm_memory_high_watermark", "0.4")
-NO_DISK = ("set_disk_free_limit", "1000TB")
+NO_DISK = ("set_disk_free_limit", "1000000GB")
 ENOUGH_DISK = ("set_disk_free_limit", "50MB")
 
 
@@ -170,7 +170,7 @@ class Injectors:
     async def _alarm(self, words: Sequence[str], sign: str) -> str:
         await self._victim(BROKER)
         await asyncio.to_thread(self.broker.control, *words)
-        raised = await until(lambda: self._has_alarm(sign), seconds=5)
+        raised = await until(lambda: self._has_alarm(sign), seconds=8)
         return "the broker takes nothing from publishers" if raised else "set, and not seen yet"
 
     def _has_alarm(self, sign: str) -> bool:

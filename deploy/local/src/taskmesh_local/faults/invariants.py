@@ -37,7 +37,14 @@ Invariant = Callable[[Evidence], Finding]
 
 def check(evidence: Evidence) -> list[Finding]:
     """What every invariant finds."""
-    return [invariant(evidence) for invariant in INVARIANTS]
+    return [_checked(invariant, evidence) for invariant in INVARIANTS]
+
+
+def _checked(invariant: Invariant, evidence: Evidence) -> Finding:
+    try:
+        return invariant(evidence)
+    except Exception as error:  # noqa: BLE001 - one that cannot be checked must not hide what the others found
+        return Finding(invariant.__name__, "could not be checked", (f"{type(error).__name__}: {error}",))
 
 
 def outcomes(evidence: Evidence) -> Finding:
@@ -174,7 +181,9 @@ def invoice_numbers(evidence: Evidence) -> Finding:
     ]
     if count != succeeded:
         wrong.append(f"{count} invoices of {succeeded} tasks that succeeded")
-    documents = evidence.databases.rows("billing", "select count(*), count(distinct invoice_id) from documents")[0]
+    documents = evidence.databases.rows(
+        "billing", "select count(*), count(distinct invoice_id) as invoices from documents"
+    )[0]
     if tuple(documents) != (succeeded, succeeded):
         wrong.append(f"{documents[0]} documents of {succeeded} invoices")
     return Finding(
@@ -197,7 +206,8 @@ def postings(evidence: Evidence) -> Finding:
         " on source_id = invoices.id group by invoices.id having count(ledger_transactions.id) <> 1",
     )
     total, count = evidence.databases.rows(
-        "billing", "select coalesce(sum(amount_minor), 0)::bigint, count(distinct transaction_id) from ledger_entries"
+        "billing",
+        "select coalesce(sum(amount_minor), 0)::bigint as total, count(distinct transaction_id) from ledger_entries",
     )[0]
     return Finding(
         "the books of billing balance",

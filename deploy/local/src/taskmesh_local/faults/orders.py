@@ -9,6 +9,7 @@ from datetime import timedelta
 from uuid import UUID
 
 from taskmesh.client import Submission
+from taskmesh.contracts import Command
 from taskmesh.contracts.email import Recipient, SendMessage
 from taskmesh_local import demo_invoices
 from taskmesh_local.faults.trials.contracts import Follow, Poison, Record, Refuse, Steps, Stumble
@@ -50,16 +51,14 @@ def orders(seed: int, *, seconds: float, rate: float) -> Iterator[Order]:
         yield replace(order, at=number / rate, key=f"{seed}-{number}-{name}", repeat_after=repeat)
 
 
-def _single(
-    task: Submission | Record | Follow | Steps | Stumble | Refuse | Poison | IssueInvoice | SendMessage,
-) -> Order:
+def _single(task: Submission | Command) -> Order:
     submission = task if isinstance(task, Submission) else Submission.of(task)
     return Order(at=0.0, key="", tasks=(submission,))
 
 
 def _record(dice: random.Random, _: int) -> Order:
-    slow = dice.random() < 0.05
-    return _single(Record(work_ms=dice.randint(300, 1500) if slow else dice.randint(0, 30)))
+    slow = dice.random() < 0.03
+    return _single(Record(work_ms=dice.randint(200, 800) if slow else dice.randint(0, 10)))
 
 
 def _delayed(dice: random.Random, _: int) -> Order:
@@ -75,7 +74,7 @@ def _cancelled(dice: random.Random, _: int) -> Order:
     if dice.random() < 0.5:
         order = _single(Submission.of(Record(), delay=timedelta(seconds=dice.uniform(5.0, 15.0))))
         return replace(order, cancel_after=dice.uniform(0.0, 15.0))
-    return replace(_single(Record(work_ms=dice.randint(0, 1000))), cancel_after=dice.uniform(0.0, 1.0))
+    return replace(_single(Record(work_ms=dice.randint(0, 500))), cancel_after=dice.uniform(0.0, 1.0))
 
 
 def _follow(dice: random.Random, _: int) -> Order:
@@ -83,11 +82,11 @@ def _follow(dice: random.Random, _: int) -> Order:
 
 
 def _steps(dice: random.Random, _: int) -> Order:
-    return _single(Steps(work_ms=dice.randint(0, 100)))
+    return _single(Steps(work_ms=dice.randint(0, 50)))
 
 
 def _stumble(dice: random.Random, _: int) -> Order:
-    way = dice.choices(("error", "crash", "hang", "stuck"), (60, 30, 5, 5))[0]
+    way = dice.choices(("error", "crash", "hang", "stuck"), (60, 32, 4, 4))[0]
     return _single(Stumble(way=way, runs=dice.randint(1, 2) if way in {"error", "crash"} else 1))
 
 
