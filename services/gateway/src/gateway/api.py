@@ -16,7 +16,17 @@ from gateway.catalogue import Catalogue
 from gateway.dependencies import Gateway
 from gateway.headers import SafeHeaders
 from gateway.openapi import LiveOpenApi
-from gateway.routes import dead_letters, documents, probes, reconciliation, schedules, task_actions, tasks, types
+from gateway.routes import (
+    dead_letters,
+    documents,
+    probes,
+    reconciliation,
+    schedules,
+    services,
+    task_actions,
+    tasks,
+    types,
+)
 from gateway.settings import ApiSettings
 from gateway.transactions import open_engine
 from gateway.waiting import Doorbell
@@ -73,6 +83,7 @@ def create_app(settings: ApiSettings, health: Health | None = None) -> FastAPI:
         task_actions.router,
         tasks.router,
         types.router,
+        services.router,
         schedules.router,
         dead_letters.router,
         reconciliation.router,

@@ -10,15 +10,16 @@ from fastapi import APIRouter, Path, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Row
 
-from gateway import cancelling, idempotency, ledger, retries, waiting
-from gateway.auth import Client, TaskWriter
+from gateway import cancelling, evidence, explaining, idempotency, ledger, retries, waiting
+from gateway.auth import Client, TaskReader, TaskWriter
 from gateway.bodies import JsonRoute
 from gateway.cancelling import CancelOutcome, Wish
 from gateway.dependencies import Gateway, GatewayParts
+from gateway.explaining import Reason
 from gateway.problems import declare
 from gateway.routes.preferences import Prefer, wait_seconds
 from gateway.routes.tasks import IdempotencyKey
-from gateway.schemas import TaskView
+from gateway.schemas import TaskView, Utc
 from gateway.transactions import transaction
 from taskmesh import telemetry
 from taskmesh.contracts.lifecycle import TaskKind, TaskState
@@ -60,6 +61,25 @@ class RetryRequest(BaseModel):
 
     payload: dict[str, Any] | None = None
     """Instead of the task's own; needed where the gateway does not know that."""
+
+
+class ExplanationView(BaseModel):
+    """Why a task is not done."""
+
+    model_config = ConfigDict(from_attributes=True, use_attribute_docstrings=True)
+
+    task_id: UUID
+    state: TaskState
+    reason: Reason
+    """For programs."""
+    summary: str
+    """For people."""
+    advice: str
+    next_at: Utc | None
+    """When something is to happen next, where that is known."""
+    facts: dict[str, Any]
+    """What the reason was found by. `stale` marks what was seen too long ago to prove anything."""
+    observed_at: Utc
 
 
 class _Retry(BaseModel):
@@ -196,3 +216,21 @@ async def _retry(gateway: Gateway, client: Client, key: str | None, asked: _Retr
                 raise retries.AlreadyRetried(f"task {asked.task_id} was tried again by this very request")
     logger.info("task retried", extra={"task_id": str(new.id), "retry_of": str(new.retry_of), "type": new.type})
     return body
+
+
+@router.get("/{task_id}:explain", responses=declare("not_found", "invalid_request"))
+async def explain_task(task_id: TaskId, _: TaskReader, gateway: GatewayParts) -> ExplanationView:
+    """Say why a task is not done: one reason, the facts, and what to do about it."""
+    async with transaction(gateway.engine) as connection:
+        seen = await evidence.gather(connection, task_id)
+    finding = explaining.explain(seen)
+    return ExplanationView(
+        task_id=task_id,
+        state=seen.state,
+        reason=finding.reason,
+        summary=finding.summary,
+        advice=finding.advice,
+        next_at=finding.next_at,
+        facts=seen.facts(),
+        observed_at=seen.now,
+    )
