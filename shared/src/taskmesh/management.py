@@ -57,6 +57,10 @@ class Management:
         """Return what the broker says about itself, among it `rabbitmq_version`."""
         return self._get("/overview")
 
+    def nodes(self) -> list[dict[str, Any]]:
+        """Return every node of the broker; `mem_alarm` and `disk_free_alarm` are some seconds old."""
+        return self._list("/nodes")
+
     def put_vhost(self, vhost: str) -> None:
         """Make sure that the virtual host exists."""
         self._send("PUT", f"/vhosts/{_name(vhost)}", {})
