@@ -142,9 +142,11 @@ def _print(report: Report) -> None:
 
 
 def _print_details(each: TypeReport) -> None:
+    from taskmesh.verify.report import Verdict
+
     output.show(Text(f"\n{each.type}", style="bold"))
-    if each.effects:
-        output.show(Text(f"  one delivery: {', '.join(each.effects)}"))
+    if each.verdict is not Verdict.NOT_EXERCISED:
+        output.show(Text(f"  one delivery: {', '.join(each.effects) or 'no effect seen'}"))
     told: dict[tuple[Verdict, tuple[str, ...]], list[str]] = {}
     for finding in each.findings:
         if finding.details:

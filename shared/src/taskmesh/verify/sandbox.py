@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -316,13 +317,17 @@ class Sandbox:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C and SIGTERM in the block: half a clean-up leaves servers behind."""
-    numbers = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    """Hear no Ctrl-C and no SIGTERM in the block: half a clean-up leaves servers behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # Not a signal mask: another thread would take the signal, and Python raises in this one.
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _named(url: str, database: str) -> str:
