@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 from sqlalchemy import select
 
-from gateway import idempotency, ledger
+from gateway import idempotency, ledger, sightings
 from gateway import projector as gateway_projector
 from gateway.dead_letters import letter as dead_letter
 from gateway.models import dead_letters as letters_table
@@ -24,6 +24,7 @@ from gateway.projector import QUEUES, Projector, keep_house
 from taskmesh import celery_protocol, lifecycle
 from taskmesh.celery_protocol import TaskMessage
 from taskmesh.consuming import BatchConsumer, Delivery
+from taskmesh.contracts.control import Sighting, Sightings
 from taskmesh.contracts.lifecycle import LifecycleEvent, TaskKind, TaskState
 from taskmesh.contracts.manifest import Manifest, TypeManifest
 from taskmesh.management import Management
@@ -384,3 +385,21 @@ async def test_a_finished_task_comes_with_its_children_and_one_task_for_each_lis
         (celery_protocol.listener_task_id(emitted, "mailer"), "queued", "mailer"),
         (celery_protocol.listener_task_id(emitted, "counter"), "queued", "counter"),
     }
+
+
+async def test_what_a_service_has_seen_is_kept_and_its_newest_word_counts(projector, gateway_engine):
+    task_id = uuid4()
+    now = datetime.now(UTC)
+
+    def said(state: str, at: datetime) -> Delivery:
+        items = (Sighting(task_id=task_id, state=state),)
+        answer = Sightings(inquiry_id=uuid4(), service="greeter", at=at, items=items)
+        return delivery(answer.model_dump_json().encode(), key="task.sighted.greeter")
+
+    await projector.handle([said("succeeded", now), said("unknown", now - timedelta(minutes=1))])
+    await projector.handle([said("waiting", now - timedelta(minutes=2))])
+
+    async with gateway_engine.connect() as connection:
+        seen = await sightings.of_task(connection, task_id, "greeter")
+    assert seen is not None
+    assert seen.state == "succeeded"

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Any, Final
@@ -21,16 +21,18 @@ from pydantic import ValidationError
 from sqlalchemy.exc import DataError, IntegrityError, InternalError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from gateway import catalogue, idempotency, ledger, lineage, schedules
+from gateway import catalogue, idempotency, ledger, lineage, schedules, sightings
 from gateway.catalogue import Catalogue
 from gateway.dead_letters import diagnosing, letter, store
 from gateway.dead_letters.letter import DeadLetter
 from gateway.transactions import transaction
 from taskmesh import celery_protocol, lifecycle, telemetry
 from taskmesh.consuming import Delivery
+from taskmesh.contracts.control import Sightings
 from taskmesh.contracts.lifecycle import LifecycleEvent
 from taskmesh.contracts.manifest import Manifest
 from taskmesh.errors import DatabaseUnavailable
+from taskmesh.sightings import ROUTING_KEY as SIGHTINGS_KEY
 from taskmesh.topology import DEAD_QUEUE, LIFECYCLE_QUEUE
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,7 @@ class _Batch:
     events: list[LifecycleEvent] = field(default_factory=list)
     manifests: dict[str, Manifest] = field(default_factory=dict)
     letters: list[DeadLetter] = field(default_factory=list)
+    sightings: list[Sightings] = field(default_factory=list)
 
 
 class Projector:
@@ -123,7 +126,8 @@ class Projector:
         while len(told) > TASKS_AT_ONCE:
             await self._write(_Batch(events=told[:TASKS_AT_ONCE]))
             del told[:TASKS_AT_ONCE]
-        await self._write(_Batch(events=told, manifests=batch.manifests, letters=batch.letters))
+        # What a service has seen comes after the events that it told before.
+        await self._write(replace(batch, events=told))
 
     async def _write(self, batch: _Batch) -> None:
         now = datetime.now(UTC)
@@ -136,6 +140,7 @@ class Projector:
             await store.complete(connection, events)
             for manifest in batch.manifests.values():
                 await _announce(connection, manifest)
+            await sightings.store(connection, batch.sightings)
         for stored, diagnosis in zip(batch.letters, diagnoses, strict=True):
             logger.error(
                 "dead letter stored",
@@ -204,6 +209,8 @@ def _read_one(delivery: Delivery, batch: _Batch) -> None:
         newest = batch.manifests.get(manifest.service)
         if newest is None or newest.announced_at <= manifest.announced_at:
             batch.manifests[manifest.service] = manifest
+    elif key.startswith(SIGHTINGS_KEY):
+        batch.sightings.append(Sightings.model_validate_json(delivery.body))
     else:
         events = lifecycle.decode(delivery.body)
         _check(events)
