@@ -24,6 +24,7 @@ from pika.exceptions import (
 )
 from pydantic import SecretStr
 
+from taskmesh import field_tables
 from taskmesh.errors import BrokerUnavailable, PermanentError, TaskmeshError
 
 CONNECT_TIMEOUT_SECONDS = 10.0
@@ -46,7 +47,6 @@ FOREIGN_ERRORS = (AMQPError, ChannelError, ReentrancyError, AMQPConnectorExcepti
 # A time limit of 2.5 s is a header of Celery's, and must survive a relay, a dead letter and a replay. pika 1.4 refuses
 # to write AMQP doubles, and reads them as whole numbers.
 _encode_value_without_floats = pika.data.encode_value
-_decode_value_without_floats = pika.data.decode_value
 
 
 def _encode_value(pieces: list[bytes], value: Any) -> int:
@@ -57,19 +57,9 @@ def _encode_value(pieces: list[bytes], value: Any) -> int:
     return size
 
 
-def _decode_value(encoded: bytes, offset: int) -> tuple[Any, int]:
-    match encoded[offset : offset + 1]:
-        case b"d":
-            return struct.unpack_from(">d", encoded, offset + 1)[0], offset + 9
-        case b"f":
-            return struct.unpack_from(">f", encoded, offset + 1)[0], offset + 5
-    value: tuple[Any, int] = _decode_value_without_floats(encoded, offset)
-    return value
-
-
-# pika calls both through its module, also for what is nested.
+# pika calls both through its module.
 pika.data.encode_value = _encode_value
-pika.data.decode_value = _decode_value
+pika.data.decode_table = field_tables.read_table
 
 
 class BrokerRefusal(PermanentError):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -211,8 +212,7 @@ def decode(headers: Mapping[str, Any] | None, properties: Mapping[str, Any], bod
         raise MalformedMessage("content_type must be application/json")
     compression = headers.get("compression") if headers else None
     try:
-        # Never guessed: json.loads would also take bytes in UTF-16 or UTF-32, which Celery's worker does not.
-        content = json.loads(_plain_body(body, compression).decode())
+        content = json.loads(_text_of(_plain_body(body, compression), properties.get("content_encoding")))
     except UnicodeDecodeError as error:
         raise MalformedMessage("body is not UTF-8") from error
     except ValueError as error:
@@ -284,6 +284,14 @@ def _plain_body(body: bytes, compression: Any) -> bytes:
     if not decompressor.eof:
         raise MalformedMessage("body is too large, or cut off")
     return plain
+
+
+def _text_of(body: bytes, encoding: Any) -> str:
+    """The body as py-amqp and kombu read it: as its encoding says, and as UTF-8 where that leads to nothing."""
+    if isinstance(encoding, str):
+        with suppress(LookupError, ValueError):
+            return body.decode(encoding)
+    return body.decode()
 
 
 def _arguments(content: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

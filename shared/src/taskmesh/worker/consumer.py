@@ -26,9 +26,12 @@ from taskmesh import celery_protocol, exchanges, lifecycle
 from taskmesh.celery_protocol import EVENT_ID_HEADER, KIND_HEADER, MalformedMessage
 from taskmesh.contracts.lifecycle import LifecycleEvent, TaskFailure, TaskKind, TaskState
 from taskmesh.health import Health
+from taskmesh.worker import foreign_frames
 from taskmesh.worker.control import Control
 
 logger = logging.getLogger(__name__)
+
+foreign_frames.install()
 
 # A task that ends sooner is never reported as running: the report would only trail behind its outcome.
 RUNNING_REPORT_SECONDS = 0.2

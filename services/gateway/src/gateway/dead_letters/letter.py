@@ -22,6 +22,9 @@ from taskmesh.topology import LIFECYCLE_QUEUE
 EVENTS_SUFFIX: Final = ".events"
 CONTROL_SUFFIX: Final = ".control"
 
+COUNTS: Final = frozenset({"x-delivery-count", "x-acquired-count"})
+"""Headers that differ between two deliveries of one message."""
+
 VARYING: Final = re.compile(r"""'[^']*'|"[^"]*"|\b[0-9a-f]{8}-?[0-9a-f-]{8,}\b|\d+""", re.IGNORECASE)
 
 
@@ -83,8 +86,9 @@ class DeadLetter:
         return TaskKind.EVENT if self.queue.endswith(EVENTS_SUFFIX) else TaskKind.COMMAND
 
     def fingerprint(self) -> bytes:
-        """The same for every delivery of the same dead letter."""
-        facts = [self.queue, self.reason, str(self.task_id), str(self.died_at), self.routing_key]
+        """The same for every delivery of the same dead letter, and of no other."""
+        headers = {name: value for name, value in self.headers.items() if name not in COUNTS}
+        facts = [self.queue, self.reason, str(self.died_at), self.routing_key, bounded(headers), bounded(self.properties)]
         return hashlib.sha256(json.dumps(facts).encode() + b"\x00" + self.body).digest()
 
     def row(self, diagnosis: Diagnosis) -> dict[str, Any]:
