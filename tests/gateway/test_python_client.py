@@ -11,6 +11,7 @@ import pytest_asyncio
 from gateway.scopes import Scope
 from taskmesh import client
 from taskmesh.client import AsyncTaskmesh, Submission, TaskState
+from taskmesh.outbox import outbox
 
 GREET = "greeter.person.greet"
 
@@ -116,3 +117,36 @@ async def test_a_schedule_goes_through_its_life(mesh):
     await mesh.schedules.delete(made.id)
     with pytest.raises(client.NoSuchResource):
         await mesh.schedules.get(made.id)
+
+
+async def test_a_task_is_cancelled_explained_and_tried_again(mesh):
+    task = await mesh.submit(GREET, {"name": "Ada"}, delay=3600)
+
+    before = await mesh.explain(task.id)
+    cancelled = await mesh.cancel(task.id, reason="a mistake")
+    after = await mesh.explain(task.id)
+    again = await mesh.retry(task.id)
+
+    assert (before.reason, after.reason, before.next_at) == ("scheduled", "finished", task.due_at)
+    assert (cancelled.outcome, cancelled.task.cancel_reason) == ("cancelled", "a mistake")
+    assert (again.retry_of, (await mesh.get(task.id)).retried_as) == (task.id, again.id)
+    with pytest.raises(client.Conflict, match="already_retried"):
+        await mesh.retry(task.id)
+
+
+async def test_a_cancellation_is_waited_for_as_long_as_was_asked(api, mesh):
+    task = await mesh.submit(GREET, {"name": "Ada"})
+    async with api.engine.begin() as connection:
+        await connection.execute(outbox.delete())
+
+    answer = await mesh.cancel(task.id, wait=1)
+
+    assert (answer.outcome, answer.settled) == ("requested", False)
+
+
+async def test_a_service_is_paused_and_resumed(mesh):
+    paused = await mesh.pause_service("greeter", reason="migration")
+    [listed] = await mesh.services()
+    resumed = await mesh.resume_service("greeter")
+
+    assert (paused.pause_reason, listed, resumed.paused_at) == ("migration", paused, None)

@@ -480,3 +480,37 @@ def test_events_are_read_from_pieces_of_any_size(size):
     events = [event for start in range(0, len(text), size) for event in parser.feed(text[start : start + size])]
 
     assert [(event.event, event.data, event.id) for event in events] == [("state", "{\n}", "7"), ("message", "é", "7")]
+
+
+def test_a_cancellation_is_waited_for_by_asking_again(mesh, gateway):
+    """Each answer is held for a minute at most, and the request changes nothing the second time."""
+    gateway.will(
+        gateway.reply(202, {"outcome": "requested", "detail": "", "task": gateway.task_json("running")}),
+        gateway.reply(200, {"outcome": "already_finished", "detail": "", "task": gateway.task_json("cancelled")}),
+    )
+
+    answer = mesh.cancel(gateway.task_id, reason="a mistake", wait=90)
+
+    assert (answer.outcome, answer.settled) == ("cancelled", True)
+    assert [asked.path for asked in gateway.asked] == [f"/v1/tasks/{gateway.task_id}:cancel"] * 2
+    assert (gateway.asked[0].headers["prefer"], gateway.asked[0].body) == ("wait=60", {"reason": "a mistake"})
+
+
+def test_a_cancellation_that_nobody_waits_for_is_asked_for_once(mesh, gateway):
+    gateway.will(gateway.reply(202, {"outcome": "requested", "detail": "", "task": gateway.task_json("running")}))
+
+    answer = mesh.cancel(gateway.task_id, force=True)
+
+    (asked,) = gateway.asked
+    assert (answer.outcome, asked.body, "prefer" in asked.headers) == ("requested", {"force": True}, False)
+
+
+def test_a_retry_that_got_no_answer_is_repeated_under_its_key(mesh, gateway):
+    gateway.will(gateway.hangup(), gateway.task(status=202, retry_of=gateway.child_id))
+
+    task = mesh.retry(gateway.child_id, payload={"n": 1})
+
+    assert str(task.retry_of) == gateway.child_id
+    first, second = gateway.asked
+    assert first.headers["idempotency-key"] == second.headers["idempotency-key"]
+    assert second.body == {"payload": {"n": 1}}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from taskmesh.cli import schedules, tasks, types, verify
+from taskmesh.cli import actions, reconcile, schedules, services, tasks, types, verify
 from taskmesh.cli.failures import UsageError, describe
 from taskmesh.cli.output import print_error
 from taskmesh.client import ClientError
@@ -26,9 +26,14 @@ app.command()(tasks.get)
 app.command()(tasks.wait)
 app.command("list")(tasks.list_tasks)
 app.command()(tasks.tail)
+app.command()(actions.cancel)
+app.command()(actions.retry)
+app.command()(actions.explain)
 app.command()(types.types)
+app.command()(reconcile.reconcile)
 app.command()(verify.verify)
 app.add_typer(schedules.app, name="schedules")
+app.add_typer(services.app, name="services")
 
 
 def run(arguments: Sequence[str]) -> int:

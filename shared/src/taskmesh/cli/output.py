@@ -122,6 +122,10 @@ def print_task(task: Task) -> None:
         *((name, moment_text(getattr(task, f"{name}_at"), now)) for name in ("created", "due", "expires", "started")),
         ("finished", moment_text(task.finished_at, now)),
         ("took", length(task.finished_at - _begin(task)) if task.finished_at else None),
+        ("retry of", task.retry_of),
+        ("retried as", task.retried_as),
+        ("cancel asked", moment_text(task.cancel_requested_at, now)),
+        ("because", task.cancel_reason),
         ("trace", task.trace_id),
     ]
     if task.error:

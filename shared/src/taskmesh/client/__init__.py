@@ -26,13 +26,24 @@ from taskmesh.client.problems import (
     UnknownType,
     WaitTimeout,
 )
-from taskmesh.client.results import Schedule, StateChange, Task, TaskError, TaskType
+from taskmesh.client.results import (
+    Cancelling,
+    Explanation,
+    Schedule,
+    Service,
+    StateChange,
+    Task,
+    TaskError,
+    TaskType,
+)
 from taskmesh.contracts.lifecycle import TaskState
 
 __all__ = [
     "AsyncTaskmesh",
+    "Cancelling",
     "ClientError",
     "Conflict",
+    "Explanation",
     "FieldError",
     "Forbidden",
     "GatewayFault",
@@ -45,6 +56,7 @@ __all__ = [
     "PayloadRefused",
     "PayloadTooLarge",
     "Schedule",
+    "Service",
     "StateChange",
     "Submission",
     "Task",

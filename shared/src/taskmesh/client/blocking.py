@@ -9,11 +9,12 @@ from uuid import UUID
 
 import httpx
 
-from taskmesh.client import connection, operations, schedules, streaming
+from taskmesh.client import actions, connection, operations, reconciliation, schedules, services, streaming
 from taskmesh.client.drivers import Driver
 from taskmesh.client.exchange import Patience
 from taskmesh.client.operations import Filter, Seconds, Submission, SubmitOptions
-from taskmesh.client.results import Schedule, StateChange, Task, TaskType
+from taskmesh.client.reconciliation import Reconciliation
+from taskmesh.client.results import Cancelling, Explanation, Schedule, Service, StateChange, Task, TaskType
 from taskmesh.client.schedules import NewSchedule, ScheduleChanges
 from taskmesh.contracts import Command
 
@@ -110,6 +111,52 @@ class Taskmesh:
         """
         return self._driver.run(operations.wait_tree(task_id, timeout, self._patience))
 
+    def cancel(
+        self, task_id: UUID | str, *, reason: str | None = None, force: bool = False, wait: Seconds | None = None
+    ) -> Cancelling:
+        """Cancel a task wherever it is: what has not begun never does, what runs is told.
+
+        Args:
+            reason: Shown with the task.
+            force: Kill the process that runs it; refused as `Conflict` where the task's type does not allow that.
+            wait: Wait this long for its service to say how it ended.
+        """
+        return self._driver.run(actions.cancel(task_id, reason=reason, force=force, wait=wait, patience=self._patience))
+
+    def retry(
+        self,
+        task_id: UUID | str,
+        *,
+        payload: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
+    ) -> Task:
+        """Try a task again that failed, was cancelled or expired: as a new task, whose `retry_of` is the old one.
+
+        Args:
+            payload: Instead of its own; needed where the gateway does not know that.
+
+        Raises:
+            Conflict: It has not ended, has succeeded, or was tried again already.
+            PayloadRefused: The payload does not fit the contract of its type, as it is at the moment.
+        """
+        return self._driver.run(actions.retry(task_id, payload, idempotency_key, self._patience))
+
+    def explain(self, task_id: UUID | str) -> Explanation:
+        """Why the task is not done: one reason, the facts, and what to do about it."""
+        return self._driver.run(actions.explain(task_id, self._patience))
+
+    def services(self) -> tuple[Service, ...]:
+        """Every worker service that has announced itself."""
+        return self._driver.run(services.list_services(self._patience))
+
+    def pause_service(self, service: str, *, reason: str | None = None) -> Service:
+        """Have the service's workers take no more tasks; what runs is finished, and what comes is kept."""
+        return self._driver.run(services.pause(service, reason, self._patience))
+
+    def resume_service(self, service: str) -> Service:
+        """Have the service's workers take tasks again."""
+        return self._driver.run(services.resume(service, self._patience))
+
     def list(self, *, limit: int | None = None, page_size: int = 100, **wanted: Unpack[Filter]) -> Iterator[Task]:
         """The tasks that match, newest first, fetched page by page."""
         return self._driver.iterate(operations.list_tasks(wanted, limit, page_size, self._patience))
@@ -133,6 +180,21 @@ class Taskmesh:
             UnknownType: No service has announced it.
         """
         return self._driver.run(operations.get_type(name, self._patience))
+
+    def reconciliation(self) -> Reconciliation:
+        """The last audit: is every task that was ever accepted accounted for?"""
+        return self._driver.run(reconciliation.last(self._patience))
+
+    def reconcile(self, *, grace: Seconds | None = None) -> Reconciliation:
+        """Audit now; the answer is an audit that started after the call.
+
+        Args:
+            grace: Examine tasks without news for that long, instead of the gateway's own time.
+
+        Raises:
+            GatewayUnavailable: No reconciler answers.
+        """
+        return self._driver.run(reconciliation.run(grace, self._patience))
 
 
 class Schedules:

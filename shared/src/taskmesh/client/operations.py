@@ -114,10 +114,10 @@ def submit(
         Request(
             method="POST",
             path="/v1/tasks",
-            headers={**key_header(idempotency_key), **_prefer_wait(deadline)},
+            headers={**key_header(idempotency_key), **prefer_wait(deadline)},
             body=Submission(type=type_name, payload=content, **cast("TaskOptions", said)).body(),
             repeatable=True,
-            hold_seconds=_hold_seconds(deadline),
+            hold_seconds=hold_seconds(deadline),
         ),
         patience,
     )
@@ -216,9 +216,9 @@ def _get(task_id: UUID | str, deadline: Deadline, patience: Patience) -> Operati
     request = Request(
         method="GET",
         path=f"/v1/tasks/{quote(str(task_id), safe='')}",
-        headers=_prefer_wait(deadline),
+        headers=prefer_wait(deadline),
         repeatable=True,
-        hold_seconds=_hold_seconds(deadline),
+        hold_seconds=hold_seconds(deadline),
     )
     answer = yield from call(request, patience)
     return Task.model_validate_json(answer.body)
@@ -226,7 +226,7 @@ def _get(task_id: UUID | str, deadline: Deadline, patience: Patience) -> Operati
 
 def _hold_on(task: Task, deadline: Deadline, patience: Patience) -> Operation[Task]:
     """Ask again until the task is finished or the time is over."""
-    while not task.finished and (hold := _hold_seconds(deadline)):
+    while not task.finished and (hold := hold_seconds(deadline)):
         held = Deadline(hold)
         task = yield from _get(task.id, deadline, patience)
         if not task.finished and held.remaining > EARLY_SECONDS:
@@ -235,13 +235,15 @@ def _hold_on(task: Task, deadline: Deadline, patience: Patience) -> Operation[Ta
     return task
 
 
-def _hold_seconds(deadline: Deadline) -> int:
+def hold_seconds(deadline: Deadline) -> int:
+    """How long the gateway may be asked to hold the next answer back; 0 when the time is over."""
     # Whole seconds, as `Prefer: wait` is (RFC 7240); under half a second is not worth another request.
     return min(round(deadline.remaining), LONGEST_HOLD_SECONDS)
 
 
-def _prefer_wait(deadline: Deadline) -> dict[str, str]:
-    seconds = _hold_seconds(deadline)
+def prefer_wait(deadline: Deadline) -> dict[str, str]:
+    """The header that asks for it."""
+    seconds = hold_seconds(deadline)
     return {"Prefer": f"wait={seconds}"} if seconds else {}
 
 

@@ -54,6 +54,13 @@ class Task(Result):
     finished_at: datetime | None = None
     updated_at: datetime | None = None
     trace_id: str | None = None
+    cancel_requested_at: datetime | None = None
+    """When somebody asked for its end; whether it came to that, the state says."""
+    cancel_reason: str | None = None
+    retry_of: UUID | None = None
+    """The task that this one is another try of."""
+    retried_as: UUID | None = None
+    """The next try of this one."""
 
     @property
     def finished(self) -> bool:
@@ -68,6 +75,38 @@ class Task(Result):
 class TaskPage(Result):
     items: tuple[Task, ...]
     next_cursor: str | None = None
+
+
+class Cancelling(Result):
+    """What became of a cancellation."""
+
+    outcome: str
+    """`cancelled`, `already_finished` (it had ended before), `requested` (its service is told, and will say how it
+    ended) or `too_late` (it ended otherwise before the cancellation reached it)."""
+    detail: str = ""
+    """What has happened and what will, in one sentence."""
+    task: Task
+
+    @property
+    def settled(self) -> bool:
+        """Whether the task has ended, in whatever way."""
+        return self.task.finished
+
+
+class Explanation(Result):
+    """Why a task is not done."""
+
+    task_id: UUID
+    state: TaskState
+    reason: str
+    """For programs: `queued`, `no_consumers`, `retry_due` ...; docs/http-api.md lists them."""
+    summary: str = ""
+    """For people."""
+    advice: str = ""
+    next_at: datetime | None = None
+    """When something is to happen next, where that is known."""
+    facts: dict[str, Any] = Field(default_factory=dict)
+    observed_at: datetime
 
 
 class StateChange(Result):
@@ -101,6 +140,33 @@ class TaskType(Result):
 
 class TaskTypes(Result):
     items: tuple[TaskType, ...]
+
+
+class ServiceQueue(Result):
+    """One queue of a service, as it was last seen."""
+
+    queue: str
+    ready: int
+    unacknowledged: int
+    consumers: int
+    observed_at: datetime
+
+
+class Service(Result):
+    """A worker service that has announced itself."""
+
+    service: str
+    release: str = ""
+    announced_at: datetime
+    types: int = 0
+    paused_at: datetime | None = None
+    """None while its workers take tasks."""
+    pause_reason: str | None = None
+    queues: tuple[ServiceQueue, ...] = ()
+
+
+class Services(Result):
+    items: tuple[Service, ...]
 
 
 class Schedule(Result):
