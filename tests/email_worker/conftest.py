@@ -25,6 +25,7 @@ from taskmesh.contracts import Event
 from taskmesh.contracts.email import SendMessage
 from taskmesh.contracts.lifecycle import TaskKind
 from taskmesh.database import migrate, sync_engine
+from taskmesh.errors import TaskCancelled
 from taskmesh.objects import ObjectStore
 
 MIGRATIONS = Path(email_worker.__file__).parent / "migrations"
@@ -37,6 +38,14 @@ class Caller:
 
     engine: Engine
     task_id: UUID = field(default_factory=uuid4)
+    cancelled_at_look: int | None = None
+    """Which look of the delivery finds that nobody wants the mail; None finds that never."""
+
+    def raise_if_cancelled(self) -> None:
+        if self.cancelled_at_look is not None:
+            self.cancelled_at_look -= 1
+            if self.cancelled_at_look <= 0:
+                raise TaskCancelled("cancelled while it ran")
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
@@ -58,9 +67,9 @@ class Desk:
     office: PostOffice
     objects: ObjectStore
 
-    def deliver(self, task_id: UUID, mail: Mail | None = None) -> Delivered:
+    def deliver(self, task_id: UUID, mail: Mail | None = None, *, cancelled_at_look: int | None = None) -> Delivered:
         """One delivery of the task."""
-        return self.office.deliver(Caller(self.engine, task_id), lambda: mail or self.mail())
+        return self.office.deliver(Caller(self.engine, task_id, cancelled_at_look), lambda: mail or self.mail())
 
     @staticmethod
     def mail(**fields: Any) -> Mail:

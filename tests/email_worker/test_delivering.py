@@ -14,7 +14,7 @@ from sqlalchemy import text
 
 from email_worker.delivering import DEFERRALS, Ambiguous, GaveUp, HardBounce, SenderRefused, deferral
 from email_worker.mailer import Mailer
-from taskmesh.errors import PermanentError, TransientError
+from taskmesh.errors import PermanentError, TaskCancelled, TransientError
 from taskmesh.objects import ObjectCorrupt
 from taskmesh.testing.smtp import HANG_UP
 
@@ -230,6 +230,25 @@ def test_a_crash_before_the_content_leaves_costs_nothing(desk, smtp_sink):
 
     assert result["outcome"] == "accepted"
     assert desk.row(task).resends == 0
+
+
+@pytest.mark.parametrize("look", [1, 2])
+def test_a_cancelled_mail_is_not_sent(desk, smtp_sink, look):
+    """Before the relay is called, and at the last moment before it is given the content."""
+    task = uuid4()
+
+    with pytest.raises(TaskCancelled):
+        desk.deliver(task, cancelled_at_look=look)
+
+    assert smtp_sink.messages == []
+    assert desk.events() == []
+
+
+def test_a_mail_that_the_relay_has_is_told_although_it_is_cancelled_too_late(desk, smtp_sink):
+    result = desk.deliver(uuid4(), cancelled_at_look=3)
+
+    assert result["outcome"] == "accepted"
+    assert desk.events() == ["accepted"]
 
 
 def test_a_crash_in_data_is_treated_as_ambiguous_once_its_lease_is_over(desk, smtp_sink):

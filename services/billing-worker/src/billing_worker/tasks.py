@@ -62,7 +62,8 @@ def issue_invoice(self: MeshTask, command: IssueInvoice) -> dict[str, Any]:
 
 
 # An object store may be away for longer than a broken connection: 1 + 2 + 4 + ... + 512 seconds, some 17 minutes.
-@app.task(RenderDocument, transaction="last", max_retries=10)
+# Killed at any moment it leaves at most a document in the store that no row names, as a crash does.
+@app.task(RenderDocument, transaction="last", max_retries=10, force_cancel=True)
 def render_document(self: MeshTask, command: RenderDocument) -> dict[str, Any]:
     """Render an issued invoice as PDF and put it into the object store, once for each template.
 
@@ -72,14 +73,17 @@ def render_document(self: MeshTask, command: RenderDocument) -> dict[str, Any]:
     Raises:
         InvoiceUnknown, RenderingFailed: The task fails.
         ObjectStoreUnavailable: Retried.
+        TaskCancelled: The task ends; the invoice stays issued, without its document.
     """
     with self.transaction() as session:
         invoice = invoices.get_invoice(session, command.invoice_id)
         known = documents.find_document(session, invoice.id, command.kind, rendering.TEMPLATE_VERSION)
     if known is not None:
         return _result(known, invoice, stored=False)
+    self.raise_if_cancelled()
     with telemetry.tracer().start_as_current_span("render document"):
         content = tools().renderer.render(invoice)
+    self.raise_if_cancelled()
     with telemetry.tracer().start_as_current_span("store document"):
         stored = tools().objects.put(content, rendering.MEDIA_TYPE)
     document = documents.insert_document(

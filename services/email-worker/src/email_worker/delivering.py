@@ -128,6 +128,9 @@ class RunningTask(Protocol):
     def emit(self, event: Event, *, session: Session | None = None) -> UUID:
         """Publish the event with the session's commit."""
 
+    def raise_if_cancelled(self) -> None:
+        """Return, unless nobody wants the mail sent any more."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
@@ -164,8 +167,10 @@ class PostOffice:
             TransientError: Not yet; the task is to be run again after the error's `retry_after`.
             NotDelivered: Never; recorded, and told as an event.
             PermanentError: The mail cannot be written.
+            TaskCancelled: Nobody wants it sent, and this attempt has not sent it.
         """
         self._compose(task, mail)
+        task.raise_if_cancelled()
         with task.transaction() as session:
             claim = self._claim(session, task)
         if not isinstance(claim, Claim):
@@ -211,6 +216,8 @@ class PostOffice:
         return Claim(message=message, attempt=attempt, mime=messages.mime_of(session, message.id))
 
     def _enter_data(self, task: RunningTask, claim: Claim) -> None:
+        # Afterwards the mail may be on its way, and nothing can call it back.
+        task.raise_if_cancelled()
         with task.transaction() as session:
             lease = timedelta(seconds=self.mailer.data_seconds)
             if not messages.enter_data(session, claim.message.id, claim.attempt, lease=lease):

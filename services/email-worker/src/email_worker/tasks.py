@@ -24,6 +24,8 @@ DELIVERY: dict[str, Any] = {
     # Above the longest conversation with a relay, and well below the half hour after which the broker takes back.
     "soft_time_limit": 1140,
     "time_limit": 1200,
+    # Killed in the middle of a conversation, nobody would know whether the relay has the mail.
+    "force_cancel": False,
 }
 
 
