@@ -17,6 +17,7 @@ import pytest
 
 from taskmesh.client import Taskmesh
 from taskmesh.parts.processes import Process
+from taskmesh.parts.rabbitmq.programs import RELEASE_VARIABLE
 from taskmesh.testing.waiting import eventually
 from taskmesh_local import environment
 from taskmesh_local.folders import FOLDER_VARIABLE, Folders
@@ -37,7 +38,11 @@ class Mesh:
 
     def __init__(self, folders: Folders) -> None:
         self._folders = folders
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("TASKMESH_")}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if name == RELEASE_VARIABLE or not name.startswith("TASKMESH_")
+        }
         self._environment = kept | {FOLDER_VARIABLE: str(folders.root), "COLUMNS": "200"}
 
     def run(self, *words: str) -> str:

@@ -14,6 +14,7 @@ import pytest
 
 from taskmesh.contracts.billing import IssueInvoice
 from taskmesh.parts.processes import Process
+from taskmesh.parts.rabbitmq.programs import RELEASE_VARIABLE
 from taskmesh_local import environment
 from taskmesh_local.folders import FOLDER_VARIABLE, Folders
 
@@ -28,7 +29,11 @@ def folders(tmp_path):
 @pytest.fixture
 def command(folders):
     """Run `python -m taskmesh_local ...` for a mesh of this test alone, and delete it in the end."""
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("TASKMESH_")}
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if name == RELEASE_VARIABLE or not name.startswith("TASKMESH_")
+    }
     variables |= {FOLDER_VARIABLE: str(folders.root), "COLUMNS": "200"}
 
     def run(*words):

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pika
@@ -16,12 +17,13 @@ import pytest
 from pika.exceptions import ChannelClosedByBroker
 
 from taskmesh.exchanges import EVENTS
-from taskmesh.parts import PartDidNotStart, PartMissing, accounts, postgres, rabbitmq
+from taskmesh.management import Management
+from taskmesh.parts import PartDidNotStart, PartMissing, accounts, postgres, rabbitmq, records
 from taskmesh.parts.accounts import data_folder, unprivileged
 from taskmesh.parts.ports import RANGE, free_port, is_free
 from taskmesh.parts.postgres import GivenPostgres, Postgres, create_service_database
 from taskmesh.parts.processes import Process, spawn
-from taskmesh.parts.rabbitmq import RabbitMQ, create_service_users, programs
+from taskmesh.parts.rabbitmq import RabbitMQ, create_service_users, programs, root
 from taskmesh.parts.spans import read_spans
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -114,31 +116,101 @@ def test_an_account_without_the_right_to_create_databases_is_named(postgres):
             admin.execute("DROP ROLE clerk")
 
 
-def test_a_killed_rabbitmq_comes_back_with_its_messages_and_leaves_no_epmd(tmp_path):
-    """The node name is part of its data, and must not change with anything."""
+@pytest.fixture(params=[None, root.SERIES])
+def node(request, tmp_path, monkeypatch):
+    """A RabbitMQ that belongs to one test: of the machine's release, and of 4 where it can be had."""
+    if request.param:
+        monkeypatch.setenv(programs.RELEASE_VARIABLE, request.param)
+    elif programs.installed_server() is None:
+        pytest.skip("no RabbitMQ is installed")
+    else:
+        monkeypatch.delenv(programs.RELEASE_VARIABLE, raising=False)
     node = RabbitMQ(tmp_path / "rabbitmq")
-    node.start()
     try:
-        with pika.BlockingConnection(pika.URLParameters(node.amqp_url)) as connection:
-            channel = connection.channel()
-            channel.confirm_delivery()
-            # Not a quorum queue: 3.10 writes those down up to half a second after it has confirmed their declaration.
-            channel.queue_declare("kept", durable=True)
-            channel.basic_publish("", "kept", b"hello", pika.BasicProperties(delivery_mode=2), mandatory=True)
-
-        node.kill()
-        assert not node.is_running()
         node.start()
+    except PartMissing as missing:
+        pytest.skip(str(missing))
+    yield node
+    node.purge()
 
-        with pika.BlockingConnection(pika.URLParameters(node.amqp_url)) as connection:
-            assert connection.channel().basic_get("kept", auto_ack=True)[2] == b"hello"
-        record = json.loads((tmp_path / "rabbitmq" / "rabbitmq.json").read_text())
-        node.stop()
-        assert not Process.from_json(record["epmd"]).is_running()
-        assert all(is_free(port) for port in record["ports"].values())
-    finally:
-        node.purge()
+
+def test_a_killed_rabbitmq_comes_back_with_its_messages_and_leaves_no_epmd(node, tmp_path):
+    """The node name is part of its data, and must not change with anything."""
+    record = json.loads((tmp_path / "rabbitmq" / "rabbitmq.json").read_text())
+    with Management(node.management_url) as management:
+        assert management.overview()["rabbitmq_version"].partition(".")[0] == record["series"]
+    with pika.BlockingConnection(pika.URLParameters(node.amqp_url)) as connection:
+        channel = connection.channel()
+        channel.confirm_delivery()
+        # Not a quorum queue: 3.10 writes those down up to half a second after it has confirmed their declaration.
+        channel.queue_declare("kept", durable=True)
+        channel.basic_publish("", "kept", b"hello", pika.BasicProperties(delivery_mode=2), mandatory=True)
+
+    node.kill()
+    assert not node.is_running()
+    node.start()
+
+    with pika.BlockingConnection(pika.URLParameters(node.amqp_url)) as connection:
+        assert connection.channel().basic_get("kept", auto_ack=True)[2] == b"hello"
+    assert "kept" in node.control("list_queues")
+    node.stop()
+    record = json.loads((tmp_path / "rabbitmq" / "rabbitmq.json").read_text())
+    assert not Process.from_json(record["epmd"]).is_running()
+    assert all(is_free(port) for port in record["ports"].values())
+    node.purge()
     assert not (tmp_path / "rabbitmq").exists()
+
+
+def test_the_data_of_one_release_is_not_handed_to_another(tmp_path, monkeypatch):
+    """A RabbitMQ 4 cannot open what 3.10 has written; the reader learns how to go on."""
+    records.write(tmp_path / "rabbitmq.json", {"series": "3"})
+    monkeypatch.setenv(programs.RELEASE_VARIABLE, "4")
+
+    with pytest.raises(PartDidNotStart, match="holds the data of a RabbitMQ 3, which a RabbitMQ 4 cannot take over"):
+        RabbitMQ(tmp_path).start()
+
+
+def test_a_root_that_was_left_half_made_is_made_anew_and_only_once(tmp_path, monkeypatch):
+    """Its maker was killed; then two ask for it at once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(root, "KEYS", tmp_path)
+    made = []
+
+    def fill(draft):
+        assert not draft.exists()
+        draft.mkdir()
+        (draft / "whole").touch()
+        made.append(draft)
+
+    monkeypatch.setattr(root, "_fill", fill)
+    (root.folder().with_name("rabbitmq-4.draft") / "half").mkdir(parents=True)
+
+    with ThreadPoolExecutor() as pool:
+        [first, second] = pool.map(lambda _: root.make(), range(2))
+
+    assert first == second == root.folder()
+    assert [path.name for path in root.folder().iterdir()] == ["whole"]
+    assert len(made) == 1
+    assert not made[0].exists()
+
+
+def test_a_machine_that_gives_no_right_to_mount_says_what_rabbitmq_4_takes(tmp_path, monkeypatch):
+    """Root in a narrow container, or a user without user namespaces."""
+    unshare = tmp_path / "unshare"
+    unshare.write_text("#!/bin/sh\necho 'unshare failed: Operation not permitted' >&2\nexit 1\n")
+    unshare.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(root, "make", root.folder)
+
+    with pytest.raises(PartMissing, match=r"right to mount.*user namespaces.*Operation not permitted"):
+        programs.Unpacked().prepare()
+
+
+def test_a_release_that_nobody_has_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv(programs.RELEASE_VARIABLE, "99")
+
+    with pytest.raises(PartMissing, match=r"RabbitMQ 99 was not found.*TASKMESH_AMQP_URL"):
+        rabbitmq.find(tmp_path, say=print)
 
 
 def test_a_machine_without_rabbitmq_says_what_to_do_in_one_line(tmp_path, monkeypatch):

@@ -38,15 +38,17 @@ DEAD_QUEUE = "gateway.dead-letters"
 
 QUEUE_ARGUMENTS: Mapping[str, Any] = {"x-queue-type": "quorum"}
 
-WORK_DELIVERY_LIMIT = 20
+WORK_DELIVERY_LIMIT = 50
 """Redeliveries before the broker dead-letters a message by itself.
 
-Only the backstop: a worker parks a task that keeps killing it after far fewer deliveries. Drains and lost connections
-count as deliveries too, so a low limit would be spent by a few rolling deploys. 20 is also RabbitMQ 4's own default.
+Only the backstop, for a task that kills its worker before a start can be counted: what a task may cost is decided by
+the count of its starts. Drains, lost connections and a worker that gives a message back because its database was away
+for longer than the task's time limit are redeliveries, too, and none of the task's making: hours of that must fit.
 """
 
-GATEWAY_DELIVERY_LIMIT = 1_000_000
-"""As good as none: the gateway puts messages back while its database is away, and nothing of it may be lost.
+CONSUMER_DELIVERY_LIMIT = 1_000_000
+"""As good as none: the gateway, and a service's relay, put messages back while their database is away, every few
+seconds, and nothing of it may be lost.
 
 A number, because RabbitMQ 3 has no word for "no limit"; and never left out, because RabbitMQ 4 then takes 20 and drops
 what exceeds it from a queue without a dead-letter exchange.
@@ -56,6 +58,14 @@ MAX_MESSAGES = 1_000_000
 """A full queue refuses publishes, and the outboxes hold their rows: delay instead of a full disk."""
 MAX_BYTES = 4 * 1024**3
 MAX_CONTROL_MESSAGES = 10_000
+
+CONSUMER_TIMEOUT_MILLISECONDS = 24 * 60 * 60 * 1000
+"""How long a consumer may hold a message; the broker's own 30 minutes would end longer tasks and run them again.
+
+A task is ended by its time limit, and a worker that is gone is noticed by its heartbeats.
+"""
+POLICY_SINCE: Mapping[str, tuple[int, int]] = {"consumer-timeout": (3, 12)}
+"""Policy keys that an older RabbitMQ refuses; there they are left out, and the broker's configuration has to do."""
 
 _SERVICE = re.compile(r"[a-z][a-z0-9-]{0,62}")
 _RESERVED = frozenset({GATEWAY, "taskmesh", "amq"})
@@ -132,9 +142,9 @@ def gateway_topology() -> Topology:
             Binding(exchange=DEAD, routing_key="#", queue=DEAD_QUEUE),
         ),
         policies=(
-            _policy(LIFECYCLE_QUEUE, delivery_limit=GATEWAY_DELIVERY_LIMIT),
+            _policy(LIFECYCLE_QUEUE, delivery_limit=CONSUMER_DELIVERY_LIMIT),
             # Dead letters of the dead-letter queue would have nowhere to go.
-            _policy(DEAD_QUEUE, delivery_limit=GATEWAY_DELIVERY_LIMIT, dead_letters=False),
+            _policy(DEAD_QUEUE, delivery_limit=CONSUMER_DELIVERY_LIMIT, dead_letters=False),
         ),
     )
 
@@ -160,7 +170,7 @@ def worker_topology(service: str, listens_to: Iterable[str]) -> Topology:
         policies=(
             _policy(commands, delivery_limit=WORK_DELIVERY_LIMIT),
             _policy(events, delivery_limit=WORK_DELIVERY_LIMIT),
-            _policy(control, delivery_limit=WORK_DELIVERY_LIMIT, max_messages=MAX_CONTROL_MESSAGES),
+            _policy(control, delivery_limit=CONSUMER_DELIVERY_LIMIT, max_messages=MAX_CONTROL_MESSAGES),
         ),
     )
 
@@ -224,12 +234,15 @@ def declare(topology: Topology, *, amqp_url: SecretStr | str, management: Manage
         PermanentError: A right is missing (`amqp.BrokerRefusal`), or a queue or exchange exists with another type.
     """
     parameters = amqp.parameters(amqp_url, name="taskmesh-setup")
+    release = _release(management)
     for policy in topology.policies:
         management.put_policy(
             parameters.virtual_host,
             policy.name,
             pattern=policy.pattern,
-            definition=policy.definition,
+            definition={
+                key: value for key, value in policy.definition.items() if POLICY_SINCE.get(key, release) <= release
+            },
             apply_to="queues",
         )
     with amqp.translating():
@@ -255,6 +268,12 @@ def _declare(topology: Topology, channel: BlockingChannel) -> None:
         channel.queue_declare(queue.name, durable=True, arguments=dict(QUEUE_ARGUMENTS))
     for binding in topology.bindings:
         channel.queue_bind(binding.queue, binding.exchange, binding.routing_key)
+
+
+def _release(management: Management) -> tuple[int, int]:
+    """The first two numbers of the broker's version, such as 4.0.5."""
+    major, minor = re.findall(r"\d+", management.overview()["rabbitmq_version"])[:2]
+    return int(major), int(minor)
 
 
 def _stale_bindings(topology: Topology, vhost: str, management: Management) -> list[Binding]:
@@ -286,6 +305,7 @@ def _policy(queue: str, *, delivery_limit: int, dead_letters: bool = True, max_m
         "max-length-bytes": MAX_BYTES,
         # Without it the oldest messages would be dropped; it is also what at-least-once dead-lettering requires.
         "overflow": "reject-publish",
+        "consumer-timeout": CONSUMER_TIMEOUT_MILLISECONDS,
     }
     if dead_letters:
         definition |= {

@@ -14,6 +14,9 @@ from taskmesh.parts import PartMissing
 from taskmesh.parts.accounts import Account
 from taskmesh.parts.rabbitmq import root
 
+RELEASE_VARIABLE = "TASKMESH_RABBITMQ"
+"""Asks for a release series, such as `4`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Command:
@@ -121,8 +124,8 @@ class Unpacked:
 
 
 def wanted() -> str | None:
-    """The release series that `TASKMESH_RABBITMQ` asks for."""
-    return os.environ.get("TASKMESH_RABBITMQ") or None
+    """The release series that `RELEASE_VARIABLE` asks for."""
+    return os.environ.get(RELEASE_VARIABLE) or None
 
 
 def of(series: str | None) -> Programs | None:
