@@ -22,7 +22,6 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from taskmesh import exchanges, lifecycle, sightings
-from taskmesh.celery_protocol import MAX_SEQUENCE
 from taskmesh.consuming import BatchConsumer, Delivery
 from taskmesh.contracts.control import CONTROL, Cancellation, Inquiry, Pause
 from taskmesh.contracts.lifecycle import LifecycleEvent, TaskState
@@ -37,6 +36,8 @@ LOCK_TIMEOUT = text("set local lock_timeout = '2s'")
 """What holds a row for longer is not waited for: the message comes again, and others are behind it."""
 
 
+# A message that cannot be dealt with for a reason of its own is parked; an outage of the database is no such reason.
+POISON_AFTER = 20
 BATCH_SIZE = 100
 
 
@@ -134,14 +135,15 @@ async def settle(connection: AsyncConnection, cancellation: Cancellation, servic
 
     Waits for no attempt: a row that is locked belongs to one that runs.
     """
-    statement = select(inbox.c.state, inbox.c.starts, inbox.c.started_at).where(inbox.c.task_id == cancellation.task_id)
+    columns = (inbox.c.state, inbox.c.sequence, inbox.c.starts, inbox.c.started_at)
+    statement = select(*columns).where(inbox.c.task_id == cancellation.task_id)
     row = (await connection.execute(statement.with_for_update(skip_locked=True))).one_or_none()
     if row is None:
-        starts = 0
+        sequence, starts = 0, 0
         if not await _insert_cancelled(connection, cancellation):
             return Outcome.LEFT
     elif row.state == InboxState.WAITING and row.started_at is None:
-        starts = row.starts
+        sequence, starts = row.sequence, row.starts
         await connection.execute(
             update(inbox)
             .where(inbox.c.task_id == cancellation.task_id)
@@ -152,7 +154,8 @@ async def settle(connection: AsyncConnection, cancellation: Cancellation, servic
     # A message that the relay is publishing is delivered, and then skipped.
     unsent = select(outbox.c.id).where(outbox.c.task_id == cancellation.task_id).with_for_update(skip_locked=True)
     await connection.execute(delete(outbox).where(outbox.c.id.in_(unsent)))
-    await connection.execute(insert_messages([lifecycle.message(_cancelled(cancellation, service, starts))]))
+    event = _cancelled(cancellation, service, sequence=sequence, starts=starts)
+    await connection.execute(insert_messages([lifecycle.message(event)]))
     return Outcome.CANCELLED
 
 
@@ -165,7 +168,8 @@ async def _insert_cancelled(connection: AsyncConnection, cancellation: Cancellat
     return (await connection.execute(statement.returning(inbox.c.task_id))).one_or_none() is not None
 
 
-def _cancelled(cancellation: Cancellation, service: str, starts: int) -> LifecycleEvent:
+def _cancelled(cancellation: Cancellation, service: str, *, sequence: int, starts: int) -> LifecycleEvent:
+    """The ledger takes it whatever the sequence: the next attempt may have been announced already."""
     return LifecycleEvent(
         task_id=cancellation.task_id,
         type=cancellation.type,
@@ -173,8 +177,7 @@ def _cancelled(cancellation: Cancellation, service: str, starts: int) -> Lifecyc
         at=datetime.now(UTC),
         service=service,
         kind=cancellation.task_kind,
-        # After every attempt that the ledger may have heard of: the next one may be in the queue already.
-        sequence=MAX_SEQUENCE,
+        sequence=sequence,
         attempt=starts,
         root_id=cancellation.root_id,
         parent_id=cancellation.parent_id,
@@ -211,7 +214,12 @@ class ControlConsumer:
         self._engine = engine
         self._service = service
         self._consumer = BatchConsumer(
-            amqp_url, [queue_of(service)], self._handle, name=f"{service}-relay-control", batch_size=BATCH_SIZE
+            amqp_url,
+            [queue_of(service)],
+            self._handle,
+            name=f"{service}-relay-control",
+            batch_size=BATCH_SIZE,
+            poison_after=POISON_AFTER,
         )
 
     async def run(self, stop: asyncio.Event) -> None:
