@@ -90,6 +90,42 @@ def test_hung_task(orders: Fragile, ledger: Gateway) -> None:
     assert eventually(lambda: ledger.letters(task_id))
 
 
+def test_hung_task_in_a_thread(orders: Fragile, ledger: Gateway) -> None:
+    """A thread cannot be killed: the worker ends after its other tasks have, and is started again; the start counts."""
+    orders.stop_role("worker")
+    orders.start("worker", TASKMESH_WORKER_POOL="threads")
+    neighbour = orders.send("orders.loss.whole")
+    orders.started(neighbour)
+    log = orders.health / "worker.log"
+    before = len(log.read_text())
+    hung = orders.send("orders.loss.hang")
+    eventually(lambda: "worker ends" in log.read_text()[before:], explain=orders.end_of_log)
+    orders.release(neighbour)
+
+    assert orders.processes["worker"].wait(timeout=30) == os.EX_SOFTWARE
+    assert (orders.state(neighbour), orders.starts(neighbour)) == ("succeeded", 1)
+    orders.start("worker", TASKMESH_WORKER_POOL="threads")
+    assert orders.processes["worker"].wait(timeout=30) == os.EX_SOFTWARE
+    orders.start("worker")
+    outcome = ledger.outcome(hung)
+    assert (outcome["state"], outcome["error"]["code"], outcome["attempt"]) == ("failed", "poison", 2)
+    assert orders.starts(hung) == 2
+
+
+def test_hung_task_in_the_worker_itself(orders: Fragile, ledger: Gateway) -> None:
+    """The pool `solo` has no other thread than the one that hangs."""
+    orders.stop_role("worker")
+    hung = orders.send("orders.loss.hang")
+    for _ in range(2):
+        orders.spawn("worker", TASKMESH_WORKER_POOL="solo")
+        assert orders.processes["worker"].wait(timeout=60) == os.EX_SOFTWARE
+    orders.start("worker", TASKMESH_WORKER_POOL="solo")
+
+    assert ledger.outcome(hung)["state"] == "failed"
+    assert orders.starts(hung) == 2
+    orders.stop_role("worker")
+
+
 def test_poison_task(orders: Fragile, ledger: Gateway) -> None:
     """It kills its worker's processes until its attempts are spent; a hundred tasks beside it run once each."""
     orders.stop_role("worker")

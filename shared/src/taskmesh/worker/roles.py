@@ -77,6 +77,7 @@ def work(app: WorkerApp, settings: WorkerSettings) -> int:
     from celery.apps import worker as celery_program
 
     from taskmesh.worker.shutdown import Shutdown
+    from taskmesh.worker.watchdog import Watchdog
 
     logs.configure(settings.log_format, settings.log_level, app.service, "worker")
     app.configure(settings)
@@ -120,6 +121,8 @@ def work(app: WorkerApp, settings: WorkerSettings) -> int:
     )
     shutdown = Shutdown(app, worker, seconds=settings.soft_shutdown_seconds)
     shutdown.install()
+    if settings.worker_pool != "prefork":
+        Watchdog(app, shutdown, seconds=settings.soft_shutdown_seconds).start()
     try:
         worker.start()
     finally:

@@ -64,6 +64,13 @@ class Shutdown:
 
         self._worker.install_platform_tweaks = install_ours
 
+    def give_back(self, running: list[tuple[UUID, str]]) -> None:
+        """Have the starts of these tasks, and `host:pid` of their process, not counted; the process ends next."""
+        self._ended = running
+        if running:
+            logger.warning("tasks given back: they have not ended in time", extra={"tasks": len(running)})
+        self.take_back_starts()
+
     def take_back_starts(self) -> None:
         """Have the starts that this shutdown has ended not counted; called when their processes are gone."""
         if not self._ended:
@@ -146,9 +153,7 @@ class Shutdown:
             time.sleep(LOOK_SECONDS)
         if not state.active_requests:
             return
-        self._ended = self._running()
-        logger.warning("tasks given back: they have not ended in time", extra={"tasks": len(self._ended)})
-        self.take_back_starts()
+        self.give_back(self._running())
         os._exit(os.EX_OK)
 
     def _running(self) -> list[tuple[UUID, str]]:
