@@ -84,7 +84,7 @@ async def pause_service(
     reason = request.reason if request is not None else None
     async with transaction(gateway.engine) as connection:
         changed = await services.pause(connection, service, by=client.id, reason=reason)
-    logger.info("service paused", extra={"service": service})
+    logger.info("service paused", extra={"paused_service": service})
     return ServiceView.model_validate(changed)
 
 
@@ -93,5 +93,5 @@ async def resume_service(service: ServiceName, client: ServiceWriter, gateway: G
     """Have a service's workers take tasks again."""
     async with transaction(gateway.engine) as connection:
         changed = await services.resume(connection, service, by=client.id)
-    logger.info("service resumed", extra={"service": service})
+    logger.info("service resumed", extra={"paused_service": service})
     return ServiceView.model_validate(changed)
