@@ -54,6 +54,7 @@ ROLES = [
     "gateway-relay",
     "gateway-projector",
     "gateway-scheduler",
+    "gateway-reconciler",
     "billing-worker",
     "billing-relay",
     "email-worker",

@@ -22,6 +22,7 @@ from gateway.models import metadata
 from taskmesh.database import driver_url
 from taskmesh.management import Management
 from taskmesh.parts.postgres import ServiceDatabase
+from taskmesh.parts.rabbitmq import create_observer
 from taskmesh.topology import declare, worker_topology
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -50,6 +51,7 @@ def environment(database: ServiceDatabase, broker, setup: dict[str, str], tmp_pa
         "TASKMESH_HEALTH_DIR": str(tmp_path / "health"),
         "TASKMESH_HTTP_HOST": "127.0.0.1",
         "TASKMESH_HTTP_PORT": "0",
+        "TASKMESH_MANAGEMENT_URL": create_observer(broker, broker.vhost),
     }
     subprocess.run([sys.executable, "-m", "gateway", "setup"], env=os.environ | setup, check=True, timeout=60)
     return narrow
@@ -105,7 +107,7 @@ async def test_a_task_goes_from_http_to_its_workers_queue_and_every_role_stops_w
     """One process for each role, the database role with rows' rights only, and a caller with a key from `keys create`."""
     await asyncio.to_thread(_declare_worker, broker)
     collector = {"OTEL_EXPORTER_OTLP_ENDPOINT": otlp_sink.endpoint}
-    roles = {role: start(role, **collector) for role in ("api", "projector", "scheduler", "relay")}
+    roles = {role: start(role, **collector) for role in ("api", "projector", "scheduler", "relay", "reconciler")}
     key = run_gateway(
         environment, "keys", "create", "--name", "test", "--scopes", "tasks:write, tasks:read, types:read"
     ).stdout.strip()

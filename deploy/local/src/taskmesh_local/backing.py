@@ -15,12 +15,14 @@ from taskmesh.parts.rabbitmq import (
     GivenRabbitMQ,
     RabbitMQ,
     ServiceUsers,
+    create_observer,
     create_service_users,
     create_vhost,
     find,
     in_vhost,
     vhost_of,
 )
+from taskmesh.topology import GATEWAY
 from taskmesh_local import environment
 from taskmesh_local.folders import Folders
 from taskmesh_local.state import State
@@ -31,10 +33,15 @@ AnyBroker: TypeAlias = RabbitMQ | DockerRabbitMQ | GivenRabbitMQ
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """The URLs of one service: elevated ones for its setup role, narrow ones for the others."""
+    """The URLs of one service: elevated ones for its setup role, narrow ones for the others.
+
+    Attributes:
+        observer_url: The broker's management API for whoever may look only; None for services that need not.
+    """
 
     database: ServiceDatabase
     broker: ServiceUsers
+    observer_url: str | None = None
 
 
 def take_given(state: State, variables: Mapping[str, str] = os.environ) -> None:
@@ -129,6 +136,11 @@ def create_accounts(
                 setup_password=state.password(f"rabbitmq-{service}-setup"),
                 password=state.password(f"rabbitmq-{service}"),
             ),
+            _observer_url(state, broker) if service == GATEWAY else None,
         )
         for service in services
     }
+
+
+def _observer_url(state: State, broker: AnyBroker) -> str:
+    return create_observer(broker, vhost(state), password=state.password("rabbitmq-gateway-observer"))

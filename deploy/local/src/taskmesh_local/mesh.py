@@ -269,6 +269,8 @@ class Mesh:
             running = self._state.process(role.name) is not None
             port = self._state.ports[role.name] if running else self._port(role.name)
             variables |= {"TASKMESH_HTTP_HOST": "127.0.0.1", "TASKMESH_HTTP_PORT": str(port)}
+        if role.name == "gateway-reconciler" and access.observer_url is not None:
+            variables["TASKMESH_MANAGEMENT_URL"] = access.observer_url
         return variables
 
     def _spawn(self, name: str, command: Sequence[str], variables: Mapping[str, str]) -> None:

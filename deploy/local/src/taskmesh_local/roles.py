@@ -44,6 +44,7 @@ ROLES = (
     Role("email", "email_worker", "worker"),
     Role("billing", "billing_worker", "worker"),
     Role("gateway", "gateway", "scheduler"),
+    Role("gateway", "gateway", "reconciler"),
     Role("gateway", "gateway", "api"),
 )
 ROLE_NAMES = tuple(role.name for role in ROLES)

@@ -13,6 +13,7 @@ from taskmesh.parts.rabbitmq.node import RabbitMQ
 from taskmesh.parts.rabbitmq.users import (
     VHOST,
     ServiceUsers,
+    create_observer,
     create_service_users,
     create_vhost,
     delete_vhost,
@@ -27,6 +28,7 @@ __all__ = [
     "GivenRabbitMQ",
     "RabbitMQ",
     "ServiceUsers",
+    "create_observer",
     "create_service_users",
     "create_vhost",
     "delete_vhost",

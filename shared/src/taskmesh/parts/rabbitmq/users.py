@@ -53,6 +53,16 @@ def create_service_users(
     )
 
 
+def create_observer(broker: Broker, vhost: str, *, password: str | None = None) -> str:
+    """Make the broker user `gateway-observer` and return its management URL: it may look, and touch nothing."""
+    user = f"{'' if vhost == VHOST else f'{vhost}-'}gateway-observer"
+    password = password or secrets.token_urlsafe(24)
+    with Management(broker.management_url) as management:
+        management.put_user(user, password, tags=["monitoring"])
+        management.put_permissions(vhost, user, configure="^$", write="^$", read="^$")
+    return _as_user(broker.management_url, user, password)
+
+
 def create_vhost(management_url: str, vhost: str) -> None:
     """Make a virtual host that the management URL's user may do everything in; one that exists is kept."""
     user = unquote(urlsplit(management_url).username or "")
