@@ -71,13 +71,6 @@ async def named(connection: AsyncConnection, *, limit: int) -> list[Record]:
     return [_record(row) for row in (await connection.execute(statement)).mappings()]
 
 
-async def of_task(connection: AsyncConnection, task_id: UUID) -> Record | None:
-    """Return what is written of one task that is named; None of any other."""
-    named_one = (unaccounted_tasks.c.task_id == task_id) & unaccounted_tasks.c.confirmed_at.is_not(None)
-    row = (await connection.execute(select(unaccounted_tasks).where(named_one))).mappings().one_or_none()
-    return _record(row) if row is not None else None
-
-
 async def suspect(connection: AsyncConnection, suspects: Sequence[Suspect], *, at: datetime) -> None:
     """Write down whom this audit suspects; whoever was suspected for the same before stays so since then."""
     if suspects:

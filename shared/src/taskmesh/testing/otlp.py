@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Self
+
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
 from taskmesh.parts.spans import Span, read_spans
 
@@ -14,13 +17,19 @@ __all__ = ["OtlpSink", "Span"]
 
 
 class OtlpSink:
-    """Receives `POST /v1/traces` on a free port of 127.0.0.1 until it is left; other signals are taken and dropped."""
+    """Receives spans and metrics on a free port of 127.0.0.1 until it is left; logs are taken and dropped.
+
+    Attributes:
+        spans: In the order of their arrival.
+        gauges: The last value of each gauge without attributes, by name.
+    """
 
     def __init__(self) -> None:
         self._arrived = threading.Condition()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self._keep))
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self._keep, self._measure))
         self._thread = threading.Thread(target=self._server.serve_forever, name="otlp-sink", daemon=True)
         self.spans: list[Span] = []
+        self.gauges: dict[str, float] = {}
 
     @property
     def endpoint(self) -> str:
@@ -66,8 +75,17 @@ class OtlpSink:
             self.spans.extend(spans)
             self._arrived.notify_all()
 
+    def _measure(self, body: bytes) -> None:
+        """Keep what a protobuf body says of gauges."""
+        request = ExportMetricsServiceRequest.FromString(body)
+        scopes = (scope for resource in request.resource_metrics for scope in resource.scope_metrics)
+        for metric in (metric for scope in scopes for metric in scope.metrics):
+            for point in metric.gauge.data_points:
+                if not point.attributes:
+                    self.gauges[metric.name] = point.as_double or point.as_int
 
-def _handler(keep: Callable[[list[Span]], None]) -> type[BaseHTTPRequestHandler]:
+
+def _handler(keep: Callable[[list[Span]], None], measure: Callable[[bytes], None]) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -86,6 +104,9 @@ def _handler(keep: Callable[[list[Span]], None]) -> type[BaseHTTPRequestHandler]
                     )
                 except ValueError:
                     status = 400
+            if self.path == "/v1/metrics":
+                encoded = self.headers.get("Content-Encoding") == "gzip"
+                measure(gzip.decompress(body) if encoded else body)
             self.send_response(status)
             self.send_header("Content-Type", content_type)
             answer = b"{}" if "json" in content_type else b""
