@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -49,12 +50,12 @@ def test_into_the_projectors_queue(orders: Orders, ledger: Gateway) -> None:
 @pytest.mark.faults
 @pytest.mark.timeout(900)
 def test_ten_thousand_into_each_queue(orders: Orders, ledger: Gateway) -> None:
-    # Each flood prints its figures: see them with `-s`.
-    _flood_worker(orders, ledger, MANY)
-    _flood_projector(orders, ledger, MANY)
+    print(_flood_worker(orders, ledger, MANY))  # noqa: T201 - seen with `-s`
+    print(_flood_projector(orders, ledger, MANY))  # noqa: T201
 
 
-def _flood_worker(orders: Orders, ledger: Gateway, count: int) -> None:
+def _flood_worker(orders: Orders, ledger: Gateway, count: int) -> str:
+    begin = time.monotonic()
     before = _pids(orders, ledger)
     sent = _publish(orders, exchanges.COMMANDS, FOR_WORKERS, count)
     last = orders.send("orders.order.place", name="the last")
@@ -63,9 +64,11 @@ def _flood_worker(orders: Orders, ledger: Gateway, count: int) -> None:
     _check(ledger, sent)
     assert orders.notes(last) == ["the last"]
     assert _pids(orders, ledger) == before
+    return _figures(sent, time.monotonic() - begin)
 
 
-def _flood_projector(orders: Orders, ledger: Gateway, count: int) -> None:
+def _flood_projector(orders: Orders, ledger: Gateway, count: int) -> str:
+    begin = time.monotonic()
     before = _pids(orders, ledger)
     sent = _publish(orders, exchanges.LIFECYCLE, FOR_THE_PROJECTOR, count)
     last = orders.send("orders.order.place", name="the last")
@@ -73,6 +76,12 @@ def _flood_projector(orders: Orders, ledger: Gateway, count: int) -> None:
     assert ledger.outcome(last)["state"] == "succeeded"
     _check(ledger, sent)
     assert _pids(orders, ledger) == before
+    return _figures(sent, time.monotonic() - begin)
+
+
+def _figures(sent: Mapping[str, tuple[str, str]], seconds: float) -> str:
+    kinds = Counter(kind for kind, _ in sent.values())
+    return f"{len(sent)} messages of {len(kinds)} kinds in {seconds:.0f} s: {dict(kinds)}"
 
 
 def _publish(

@@ -1,7 +1,7 @@
 """Reading AMQP field tables, the headers of messages, as strangers write them.
 
-The protocol allows what Python's types do not: a time in the year 56,000 (somebody sent milliseconds), tables in tables a
-thousand levels deep, names that are no UTF-8. pika and py-amqp raise on some of these from within their I/O loops,
+The protocol allows what Python's types do not: a time in the year 56,000 (somebody sent milliseconds), tables in tables
+a thousand levels deep, names that are no UTF-8. pika and py-amqp raise on some of these from within their I/O loops,
 before any handler sees the message: it would end a worker, or stop a consumer for good. Here all is read as something.
 """
 

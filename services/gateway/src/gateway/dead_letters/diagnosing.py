@@ -127,7 +127,8 @@ def _of_payload(letter: DeadLetter, announced: KnownType) -> Diagnosis:
     faults = announced.validator.errors(payload)
     if not faults:
         return REFUSED
-    text = "; ".join(f"{fault.pointer} {fault.detail}" for fault in faults[:FAULTS_SHOWN])
+    # In order, so that the same faults make the same group.
+    text = "; ".join(sorted(f"{fault.pointer} {fault.detail}" for fault in faults)[:FAULTS_SHOWN])
     return Diagnosis(code="contract_violation", error=plain(text, MAX_ERROR) or "")
 
 
