@@ -3,15 +3,19 @@
 SHELL := /bin/sh
 PYTHON := .venv/bin/python
 LOCAL := $(PYTHON) -m taskmesh_local
+# Decides what a fault campaign does, and when.
+SEED ?= 1
+MINUTES ?= 60
+FAULTS = $(LOCAL) faults --seed $(SEED) --report .taskmesh-faults/seed-$(SEED).json
 # Made by deploy/local/bootstrap once the workspace is installed; older than the lock means: install again.
 INSTALLED := .venv/.installed
 # `make test RABBITMQ=4`, `make up RABBITMQ=4`: see docs/rabbitmq.md.
 export TASKMESH_RABBITMQ := $(or $(RABBITMQ),$(TASKMESH_RABBITMQ))
 
-.PHONY: help install up down status logs demo test check fmt
+.PHONY: help install up down status logs demo test faults faults-long faults-planted check fmt
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(INSTALLED): uv.lock pyproject.toml $(wildcard shared/pyproject.toml services/*/pyproject.toml deploy/*/pyproject.toml) deploy/local/bootstrap
 	@deploy/local/bootstrap
@@ -36,6 +40,15 @@ demo: $(INSTALLED) ## Send 30 invoices through the mesh and watch them; starts t
 
 test: $(INSTALLED) ## Run all tests but the fault campaign, with real servers they start themselves; RABBITMQ=4 takes that release
 	@$(PYTHON) -m pytest -n 2 -m "not faults" $(args)
+
+faults: $(INSTALLED) ## Kill and cut off parts of a mesh under load for 4 minutes, and check it: make faults SEED=2
+	@$(FAULTS) --minutes 4 $(args)
+
+faults-long: $(INSTALLED) ## The same for an hour: make faults-long SEED=2 MINUTES=15
+	@$(FAULTS) --minutes $(MINUTES) $(args)
+
+faults-planted: $(INSTALLED) ## Plant bugs in the mesh, and check that a campaign finds them
+	@$(PYTHON) -m pytest -m faults tests/faults $(args)
 
 check: $(INSTALLED) ## Lint, formatting, types, and who may import whom
 	@$(PYTHON) -m ruff check .

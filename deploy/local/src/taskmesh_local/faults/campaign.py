@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
 from rich.console import Console
 
 from taskmesh.parts import PartMissing
@@ -16,6 +18,7 @@ from taskmesh.parts.postgres import Postgres
 from taskmesh.parts.rabbitmq import RabbitMQ
 from taskmesh_local import backing, environment
 from taskmesh_local.faults import invariants, planted
+from taskmesh_local.faults.audit import reconcile
 from taskmesh_local.faults.evidence import Databases, Evidence, queues
 from taskmesh_local.faults.injectors import Injectors
 from taskmesh_local.faults.journal import Journal
@@ -34,7 +37,7 @@ from taskmesh_local.state import locked
 
 TRIALS = "taskmesh_local.faults.trials"
 FAULTS_A_MINUTE = 12.0
-RATE = 20.0
+RATE = 14.0
 SETTLE_SECONDS = 5.0
 """A broker that is killed right after its queues were declared may lose one; that is set-up, not operation."""
 VARIABLES = {
@@ -65,7 +68,7 @@ class Options:
     rate: float = RATE
     count: int | None = None
     plant: planted.Bug | None = None
-    limit_seconds: float = 240.0
+    limit_seconds: float = 420.0
     standstill_seconds: float = 45.0
     keep: bool = False
 
@@ -147,7 +150,10 @@ async def run(options: Options, folder: Path, console: Console) -> Report:
             await asyncio.sleep(SETTLE_SECONDS)
             async with _running(supervisor):
                 quiet = await _harm(options, journal, load, injectors, watch)
-            evidence = Evidence(load.books, databases, queues(broker.management_url), folders.mails)
+                audit = None
+                if "gateway-reconciler" in roles:
+                    audit = await _audit(variables, journal)
+            evidence = Evidence(load.books, databases, queues(broker.management_url), folders.mails, audit)
             return await asyncio.to_thread(_conclude, options, evidence, injectors, supervisor, quiet=quiet)
 
 
@@ -170,6 +176,15 @@ async def _harm(options: Options, journal: Journal, load: Load, injectors: Injec
     quiet = await watch.until_quiet()
     journal.note("quiet" if quiet else "not quiet")
     return quiet
+
+
+async def _audit(variables: Mapping[str, str], journal: Journal) -> Mapping[str, Any]:
+    journal.note("auditing")
+    try:
+        return await reconcile(variables["TASKMESH_URL"], variables["TASKMESH_API_KEY"])
+    except httpx.HTTPError as error:
+        journal.note(f"no audit: {error}")
+        return {}
 
 
 def _conclude(

@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import shutil
+import signal
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from taskmesh_local.faults.campaign import RATE, Options, run
 from taskmesh_local.faults.planted import Bug
+from taskmesh_local.faults.report import Report
 from taskmesh_local.faults.schedule import tally
 
 
@@ -36,7 +39,11 @@ def main(arguments: Sequence[str], console: Console) -> int:
     folder = Path(tempfile.mkdtemp(prefix=f"taskmesh-faults-{options.seed}-"))
     # The servers run as another account.
     folder.chmod(0o755)
-    report = asyncio.run(run(options, folder / "mesh", console))
+    try:
+        report = asyncio.run(_until_terminated(run(options, folder / "mesh", console)))
+    except asyncio.CancelledError:
+        console.print(f"Ended before its time. Logs and data: {folder}", highlight=False, soft_wrap=True)
+        return 130
     report.show(console)
     if given.report:
         report.write(given.report)
@@ -45,6 +52,13 @@ def main(arguments: Sequence[str], console: Console) -> int:
     else:
         console.print(f"Logs and data: {folder}", highlight=False, markup=False, soft_wrap=True)
     return 0 if report.holds else 1
+
+
+async def _until_terminated(campaign: Coroutine[Any, Any, Report]) -> Report:
+    """Run a campaign; SIGTERM ends it as Ctrl-C does, with everything stopped that it has started."""
+    task = asyncio.ensure_future(campaign)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await task
 
 
 def _parser() -> argparse.ArgumentParser:

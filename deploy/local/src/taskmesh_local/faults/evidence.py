@@ -60,12 +60,14 @@ class Evidence:
         databases: What the services have stored.
         queues: How many messages each queue of the broker holds.
         mails: The file of the inbox page.
+        audit: What the gateway's own audit says; None when nobody audits.
     """
 
     books: Books
     databases: Databases
     queues: Mapping[str, int]
     mails: Path
+    audit: Mapping[str, Any] | None
 
     @cached_property
     def tasks(self) -> dict[UUID, Any]:

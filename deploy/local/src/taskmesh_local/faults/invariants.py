@@ -108,7 +108,7 @@ def effects(evidence: Evidence) -> Finding:
     wrong = [
         f"{task.id} {task.type} {task.state}: {evidence.effects[task.id]} effects"
         for task in trials
-        if evidence.effects[task.id] != (task.state == "succeeded")
+        if evidence.effects[task.id] not in _effects_of(task.state)
     ]
     strangers = [task_id for task_id in evidence.effects if task_id not in evidence.tasks]
     return Finding(
@@ -116,6 +116,13 @@ def effects(evidence: Evidence) -> Finding:
         f"{evidence.effects.total()} effects of {len(trials)} tasks: {len(wrong)} wrong, {len(strangers)} of nobody",
         (*_told("wrong number of effects", wrong), *_told("effect of an unknown task", strangers)),
     )
+
+
+def _effects_of(state: str) -> tuple[int, ...]:
+    """How many effects a task in this state may have; the ledger hears of an outcome a moment after it is committed."""
+    if state == "succeeded":
+        return (1,)
+    return (0,) if state in TERMINAL else (0, 1)
 
 
 def verdicts(evidence: Evidence) -> Finding:
@@ -261,11 +268,11 @@ def schedules(evidence: Evidence) -> Finding:
 
 
 def inboxes(evidence: Evidence) -> Finding:
-    """What the services' inboxes say of a task is what the ledger says."""
+    """What the services' inboxes say of a task is what the ledger says of it when it has ended."""
     wrong = [
-        f"{row.task_id}: {row.state} in the inbox, {evidence.tasks[row.task_id].state} in the ledger"
+        f"{row.task_id}: {row.state} in the inbox, {task.state} in the ledger"
         for row in evidence.inboxes.values()
-        if row.task_id in evidence.tasks and row.state != evidence.tasks[row.task_id].state
+        if (task := evidence.tasks.get(row.task_id)) and task.state in TERMINAL and row.state != task.state
     ]
     strangers = [task_id for task_id in evidence.inboxes if task_id not in evidence.tasks]
     return Finding(
@@ -306,6 +313,25 @@ def dead_letters(evidence: Evidence) -> Finding:
     )
 
 
+def reconciliation(evidence: Evidence) -> Finding:
+    """The gateway's own audit accounts for every task."""
+    name = "reconcile says zero"
+    if evidence.audit is None:
+        return Finding(name, "nobody audits", ())
+    audit = evidence.audit["audit"]
+    wrong = [f"{audit[what]} {what}" for what in ("unaccounted", "suspected", "gaps", "unknown") if audit[what]]
+    wrong += [f"{task['task_id']} {task['type']} is unaccounted for" for task in evidence.audit["unaccounted"]]
+    open_tasks = audit["waiting"] + audit["running"]
+    if audit["accepted"] != len(evidence.tasks) or open_tasks:
+        wrong.append(f"{audit['accepted']} of {len(evidence.tasks)} tasks, {open_tasks} of them open")
+    return Finding(
+        name,
+        f"{audit['accepted']} accepted = {audit['waiting']} waiting + {audit['running']} running"
+        f" + {audit['finished']} finished + {audit['dead']} dead; {audit['unaccounted']} unaccounted",
+        tuple(wrong),
+    )
+
+
 INVARIANTS: tuple[Invariant, ...] = (
     outcomes,
     keys,
@@ -320,6 +346,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     outboxes,
     empty_queues,
     dead_letters,
+    reconciliation,
 )
 
 
