@@ -124,3 +124,33 @@ def quiet(orders: Fragile, gateway: Gateway) -> bool:
         return not (gateway.outbox() or orders.outbox() or orders.messages() or unacknowledged)
 
     return eventually(is_quiet, explain=orders.end_of_log)
+
+
+def test_consumer_timeout(own_rabbitmq: RabbitMQ, orders: Fragile, gateway: Gateway) -> None:
+    """The broker takes a message back that is held for longer than it allows: it comes again, and is not done again."""
+    usual = own_rabbitmq.control("eval", "application:get_env(rabbit, consumer_timeout).")
+    limit_ms = usual.strip().removeprefix("{ok,").removesuffix("}")
+    orders.stop_role("worker")
+    set_consumer_timeout(own_rabbitmq, "1000", tick_ms=300)
+    try:
+        orders.start("worker")
+        task_id = orders.send("orders.loss.last")
+        orders.started(task_id)
+        eventually(orders.waits_for_a_lock, explain=orders.end_of_log)
+    finally:
+        set_consumer_timeout(own_rabbitmq, limit_ms, tick_ms=60_000)
+    orders.release(task_id)
+
+    assert gateway.outcome(task_id)["state"] == "succeeded"
+    assert orders.processes["worker"].poll() is None
+    orders.stop_role("worker")
+    orders.start("worker")
+    assert quiet(orders, gateway)
+    assert orders.one_effect(task_id) and orders.starts(task_id) == 1
+
+
+def set_consumer_timeout(broker: RabbitMQ, limit_ms: str, *, tick_ms: int) -> None:
+    """Set how long a message may stay unacknowledged, and how often that is looked at; for channels opened from now on."""
+    settings = {"consumer_timeout": limit_ms, "channel_tick_interval": str(tick_ms)}
+    calls = [f"application:set_env(rabbit, {name}, {value})" for name, value in settings.items()]
+    broker.control("eval", ", ".join(calls) + ".")
