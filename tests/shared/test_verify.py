@@ -86,10 +86,11 @@ def taskmesh() -> str:
 
 
 def test_exactly_the_tasks_that_do_their_work_twice_are_named(ledgers):
-    """A step that is committed anew in each run, and a mail that is sent anew; and nothing else."""
+    """A step that is committed anew in each run, a mail that is sent anew, and a hook of Celery's; and nothing else."""
     assert [each["type"] for each in ledgers.report["types"] if each["verdict"] == "differs"] == [
         "ledgers.entry.append",
         "ledgers.notice.mail",
+        "ledgers.visit.count",
     ], ledgers.said
     assert ledgers.exit_code == 1
 
@@ -97,6 +98,11 @@ def test_exactly_the_tasks_that_do_their_work_twice_are_named(ledgers):
 def test_it_says_what_was_done_twice(ledgers):
     assert ledgers.details("ledgers.entry.append", "killed") == ["table entries: 2, not 1"]
     assert ledgers.details("ledgers.notice.mail", "killed") == ["mails: 2, not 1"]
+
+
+def test_each_way_can_find_a_difference(ledgers):
+    """Work in a hook that every delivery runs through is done twice, however the second one comes about."""
+    assert ledgers.verdicts("ledgers.visit.count") == {"again": "differs", "killed": "differs", "at_once": "differs"}
 
 
 @pytest.mark.parametrize("name", ["ledgers.entry.post", "ledgers.entry.claim", "ledgers.entry.posted"])
