@@ -12,6 +12,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pika
+import psycopg
 
 from running_orders import Orders
 from taskmesh import celery_protocol, control
@@ -233,14 +234,13 @@ def test_a_task_that_is_killed_by_force_keeps_its_committed_steps(orders: Orders
 
 def test_force_kills_no_task_that_does_not_allow_it(orders: Orders) -> None:
     """It ends when it looks."""
-    before = set(children_of(orders.processes["worker"].pid))
     task_id = orders.send("orders.cancel.loop")
     eventually(lambda: runs(orders, task_id))
 
     cancel(orders, task_id, force=True)
 
     assert orders.wait(task_id, "cancelled")
-    assert set(children_of(orders.processes["worker"].pid)) == before
+    assert starts(orders, task_id) == 1
 
 
 def test_a_task_whose_worker_was_killed_ends_cancelled(orders: Orders) -> None:
@@ -313,6 +313,26 @@ def test_a_lost_connection_does_not_end_a_pause(orders: Orders) -> None:
         pause(orders, paused=False)
 
     assert orders.wait(task_id) == "succeeded"
+
+
+def test_a_worker_that_starts_without_its_database_takes_nothing_until_it_has_it(orders: Orders) -> None:
+    """It does not know yet who wants what cancelled, nor whether it is paused."""
+    stop(orders, "worker")
+    [unwanted] = place(orders, 1)
+    [[name]] = orders.rows("select current_database()")
+    with psycopg.connect(orders.database_url.replace(name, "postgres"), autocommit=True) as server:
+        server.execute(f"alter database {name} allow_connections false")
+        server.execute("select pg_terminate_backend(pid) from pg_stat_activity where datname = %s", (name,))
+        with logged(orders, "control tables cannot be read"):
+            orders.start("worker")
+        cancel(orders, unwanted)
+        assert in_hand(orders, "orders") == 0
+        assert ready(orders) == 1
+        server.execute(f"alter database {name} allow_connections true")
+
+    assert orders.wait(unwanted, "cancelled")
+    assert orders.wait(orders.send("orders.order.place", name="last")) == "succeeded"
+    assert orders.notes(unwanted) == []
 
 
 def losses(orders: Orders, task_id: str) -> list[Any]:
