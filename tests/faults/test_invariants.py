@@ -77,6 +77,7 @@ CHECKED = (
     invariants.follow_ups,
     invariants.effects,
     invariants.verdicts,
+    invariants.cancellations,
     invariants.inboxes,
     invariants.mails,
     invariants.outboxes,
@@ -134,6 +135,12 @@ def test_a_task_that_failed_for_no_reason_is_found(world):
     world.evidence.effects[world.record.id] = 0
 
     assert broken(world) == [invariants.verdicts]
+
+
+def test_a_task_that_ran_although_it_was_called_cancelled_is_found(world):
+    world.evidence.books.cancelled[world.record.id] = "cancelled"
+
+    assert broken(world) == [invariants.cancellations]
 
 
 def test_a_task_that_nobody_was_told_of_is_found(world):

@@ -40,6 +40,8 @@ FAULTS_A_MINUTE = 12.0
 RATE = 14.0
 SETTLE_SECONDS = 5.0
 """A broker that is killed right after its queues were declared may lose one; that is set-up, not operation."""
+EXPLAINED = 10
+"""How many unfinished tasks the gateway is asked about."""
 VARIABLES = {
     # The inbox answers at once or not at all.
     "TASKMESH_SMTP_ANSWER_SECONDS": "5",
@@ -175,6 +177,8 @@ async def _harm(options: Options, journal: Journal, load: Load, injectors: Injec
     journal.note(f"every order is answered: {len(load.books.accepted)} tasks accepted")
     quiet = await watch.until_quiet()
     journal.note("quiet" if quiet else "not quiet")
+    if not quiet:
+        await load.explain(watch.databases.oldest_open(EXPLAINED))
     return quiet
 
 

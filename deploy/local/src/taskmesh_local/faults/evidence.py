@@ -44,6 +44,11 @@ class Databases:
         statement = "select state, count(*) from tasks where state <> all(%s) group by state"
         return dict(self.rows("gateway", statement, list(TERMINAL)))
 
+    def oldest_open(self, limit: int) -> list[UUID]:
+        """Tasks that have waited longest for their end."""
+        statement = "select id from tasks where state <> all(%s) order by created_at limit %s"
+        return [row.id for row in self.rows("gateway", statement, list(TERMINAL), limit)]
+
 
 def queues(management_url: str) -> dict[str, int]:
     """How many messages each queue holds, the ones that are being worked on included; some seconds old."""

@@ -332,12 +332,30 @@ def reconciliation(evidence: Evidence) -> Finding:
     )
 
 
+def cancellations(evidence: Evidence) -> Finding:
+    """What the gateway has called cancelled is cancelled."""
+    said = evidence.books.cancelled
+    wrong = [
+        f"{task_id} {task.type} {task.state} after {task.attempt} attempts"
+        for task_id, outcome in said.items()
+        if outcome == "cancelled" and (task := evidence.tasks.get(task_id)) and task.state != "cancelled"
+    ]
+    ended = sum(task.state == "cancelled" for task_id in said if (task := evidence.tasks.get(task_id)))
+    answers = ", ".join(f"{count} {answer}" for answer, count in Counter(said.values()).most_common())
+    return Finding(
+        "what was called cancelled is cancelled",
+        f"{len(said)} asked for ({answers}): {ended} ended so",
+        _told("called cancelled", wrong),
+    )
+
+
 INVARIANTS: tuple[Invariant, ...] = (
     outcomes,
     keys,
     follow_ups,
     effects,
     verdicts,
+    cancellations,
     inboxes,
     invoice_numbers,
     postings,

@@ -81,6 +81,16 @@ class Load:
                 group.create_task(self._place(order))
         await self._client.schedules.pause(schedule.id)
 
+    async def explain(self, task_ids: Iterable[UUID]) -> None:
+        """Note why these tasks are not done."""
+        for task_id in task_ids:
+            try:
+                explanation = await self._client.explain(task_id)
+            except ClientError as error:
+                self._journal.note(f"{task_id} is not explained: {error}")
+            else:
+                self._journal.note(f"{task_id} {explanation.state}, {explanation.reason}: {explanation.summary}")
+
     async def _place(self, order: Order) -> None:
         if order.expires is not None:
             expires_at = datetime.now(UTC) + timedelta(seconds=order.expires)
@@ -89,6 +99,9 @@ class Load:
         if ids is None:
             return
         self.books.accepted |= dict.fromkeys(ids, order)
+        if order.cancel_after is not None:
+            await asyncio.sleep(order.cancel_after)
+            await self._cancel(ids[0])
         if order.repeat_after is not None:
             await asyncio.sleep(order.repeat_after)
             self.books.repeated += 1
@@ -105,6 +118,13 @@ class Load:
                 self.books.refused[order.key] = str(error)
                 self._journal.note(f"order {order.key} refused: {error}")
                 return None
+
+    async def _cancel(self, task_id: UUID) -> None:
+        async with self._turns:
+            try:
+                self.books.cancelled[task_id] = (await self._client.cancel(task_id)).outcome
+            except ClientError as error:
+                self.books.refused[f"cancel {task_id}"] = str(error)
 
     async def _send(self, order: Order) -> tuple[Task, ...]:
         if len(order.tasks) > 1:
