@@ -128,6 +128,11 @@ class Fragile(Orders):
         with pika.BlockingConnection(pika.URLParameters(self.amqp_url)) as connection:
             return int(connection.channel().queue_declare(queue, passive=True).method.message_count)
 
+    def consumers(self, queue: str = "orders") -> int:
+        """How many workers take messages from a queue."""
+        with pika.BlockingConnection(pika.URLParameters(self.amqp_url)) as connection:
+            return int(connection.channel().queue_declare(queue, passive=True).method.consumer_count)
+
     def unacknowledged(self, queue: str = "orders") -> int:
         """How many messages were handed over and not acknowledged; some seconds old."""
         with Management(self.management_url) as management:

@@ -45,6 +45,19 @@ def test_database_restart_of_a_worker(own_postgres: Postgres, orders_on_own_post
     assert sorted(str(event.task_id) for event in told) == sorted(tasks)
 
 
+def test_long_database_outage(own_postgres: Postgres, orders_on_own_postgres: Fragile) -> None:
+    """The worker takes no more tasks after some seconds: they wait in the queue, and no delivery is spent on them."""
+    orders = orders_on_own_postgres
+    own_postgres.kill()
+    # Its time limit of two seconds gives it back again and again while the worker takes tasks.
+    tasks = [orders.send("orders.api.waits") for _ in range(3)]
+    eventually(lambda: orders.consumers() == 0 and orders.messages() == 3, explain=orders.end_of_log)
+    own_postgres.start()
+
+    assert {orders.wait(task_id) for task_id in tasks} == {"succeeded"}
+    assert all(orders.one_effect(task_id) for task_id in tasks)
+
+
 def test_database_restart_of_the_gateway(
     own_postgres: Postgres, orders: Fragile, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

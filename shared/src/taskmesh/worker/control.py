@@ -30,6 +30,10 @@ logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
 
+# A database that is away for so long is not about to come back. A task that is taken then can only wait in its process
+# for its time limit, and go back: each time a delivery, of which the queue allows a limited number.
+OUTAGE_SECONDS = 10.0
+
 # Of a network that swallows packets the loop must hear soon.
 IMPATIENT = {"connect_timeout": 2, "tcp_user_timeout": 2000}
 STATEMENT_TIMEOUT = text("set local statement_timeout = '1s'")
@@ -41,7 +45,8 @@ class Control(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no t
     """Lets the consumer take tasks, or not, and kills those whose cancellation is forced.
 
     No task is taken before the control messages that wait are applied and the service is known not to be paused: what
-    was cancelled while no worker ran does not run. When the database is away that is put off, as is all work.
+    was cancelled while no worker ran does not run. When the database is away that is put off, as is all work: then no
+    more tasks are taken, either.
     """
 
     # The consumer has been made then, and the loop that has it consume starts last.
@@ -52,8 +57,9 @@ class Control(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no t
         self._service: str = consumer.app.service
         self._url = consumer.app.settings.database_url
         self._engine: Engine | None = None
-        self._backoff = Backoff(first_seconds=LOOK_SECONDS, longest_seconds=15.0)
+        self._backoff = Backoff(first_seconds=LOOK_SECONDS, longest_seconds=5.0)
         self._not_before = 0.0
+        self._lost_at: float | None = None
         self._drained = False
         self._paused: bool | None = None
         self._asked = False
@@ -85,11 +91,15 @@ class Control(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no t
                 self._drained = self._drain(consumer)
             paused, unwanted = self._read(_killable(consumer))
         except SQLAlchemyError as error:
-            if self._not_before == 0.0:
+            now = time.monotonic()
+            if self._lost_at is None:
                 logger.warning("control tables cannot be read", extra={"exception": type(error).__name__})
-            self._not_before = time.monotonic() + self._backoff.next()
-            paused, unwanted = (self._paused is not False or not self._drained), []
+                self._lost_at = now
+            self._not_before = now + self._backoff.next()
+            away = now - self._lost_at >= OUTAGE_SECONDS
+            paused, unwanted = (away or self._paused is not False or not self._drained), []
         else:
+            self._lost_at = None
             self._not_before = 0.0
             self._backoff.reset()
             if paused != self._paused and (paused or self._paused is not None):
@@ -177,7 +187,7 @@ class Control(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no t
         for request in waiting:
             request.give_back()
         if waiting:
-            logger.info("tasks given back: the worker is paused", extra={"tasks": len(waiting)})
+            logger.info("tasks given back: the worker takes none", extra={"tasks": len(waiting)})
 
 
 def _killable(consumer: Any) -> dict[UUID, Any]:
