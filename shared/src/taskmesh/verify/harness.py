@@ -1,26 +1,37 @@
-"""`python -m taskmesh.verify.harness JOURNAL PACKAGE ROLE`: a worker that meets faults where its messages ask for them.
+"""`python -m taskmesh.verify.harness FOLDER`: forks workers that meet faults where their messages ask for them.
 
-The faults are put into the library here, in this process and in those that it forks, so the library itself has no hooks
-for them. What runs is otherwise the service's own role, from its own `__main__`.
+The faults are put into the library here, in the forked process and its pool, so the library itself has no hooks for
+them. What runs is otherwise the service's own role, from its own `__main__`. Only Celery and the library are loaded
+before the fork: they take most of a worker's start, of which there are four for each type.
 """
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
+import random
 import runpy
 import signal
 import sys
 import threading
 import time
 from contextvars import ContextVar
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from celery import signals
-from celery.worker.request import Request
-
 from taskmesh.verify.journal import HEADER, Fault, Journal, Step
-from taskmesh.worker.unit import TaskSession, Unit
+
+PRELOADED = (
+    # The first, because it tells Celery what a SIGTERM means.
+    "taskmesh.worker.roles",
+    "taskmesh.worker",
+    "taskmesh.worker.consumer",
+    "celery.apps.worker",
+    "celery.concurrency.prefork",
+    "kombu.transport.pyamqp",
+)
 
 MEET_SECONDS = 20.0
 """How long a copy waits at its last commit for the other one to begin."""
@@ -36,20 +47,55 @@ _delivery: ContextVar[tuple[str, str] | None] = ContextVar("taskmesh_verify_deli
 _settling: ContextVar[bool] = ContextVar("taskmesh_verify_settling", default=False)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """A worker to be started; a line of JSON on standard input, which the pid answers on standard output."""
+
+    package: str
+    journal: str
+    log: str
+    environment: dict[str, str]
+
+    def to_line(self) -> str:
+        return json.dumps(asdict(self)) + "\n"
+
+
 def main() -> None:
-    """Run a role of the package, watched."""
-    journal, package, role = sys.argv[1:4]
-    threading.Thread(target=_end_with_the_verifier, daemon=True).start()
-    install(Journal(Path(journal)))
-    sys.argv = [package, role]
-    runpy.run_module(package, run_name="__main__", alter_sys=True)
+    """Fork a worker for each order, until the verifier ends; the workers end with this process."""
+    for module in PRELOADED:
+        importlib.import_module(module)
+    # Nobody asks how a worker has ended.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    alive, held = os.pipe()
+    while line := sys.stdin.readline():
+        order = Order(**json.loads(line))
+        pid = os.fork()
+        if pid == 0:
+            os.close(held)
+            work(order, alive)
+            return
+        print(pid, flush=True)  # noqa: T201 - the answer
 
 
-def _end_with_the_verifier() -> None:
-    """Standard input is a pipe whose other end the verifier holds: it ends, however the verifier does."""
-    while os.read(0, 1):
-        pass
-    # The session's leader is this process: its pool goes with it.
+def work(order: Order, alive: int) -> None:
+    """Be the service's worker, in a session of its own."""
+    os.setsid()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    random.seed()
+    log = os.open(order.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for standard, replacement in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
+        os.dup2(replacement, standard)
+    os.environ.clear()
+    os.environ.update(order.environment)
+    threading.Thread(target=_end_with_the_harness, args=[alive], daemon=True).start()
+    install(Journal(Path(order.journal)))
+    sys.argv = [order.package, "worker"]
+    runpy.run_module(order.package, run_name="__main__", alter_sys=True)
+
+
+def _end_with_the_harness(alive: int) -> None:
+    """The harness holds the other end of this pipe, and nobody writes to it: reading ends when the harness does."""
+    os.read(alive, 1)
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
@@ -69,12 +115,16 @@ def _watch_runs(journal: Journal) -> None:
         _delivery.set(None)
         journal.write(Step.ENDED, task_id)
 
+    from celery import signals
+
     signals.task_prerun.connect(begin, weak=False)
     signals.task_postrun.connect(end, weak=False)
 
 
 def _watch_acknowledgements(journal: Journal) -> None:
     """On Celery's own class, so that what the library's subclass of it does does not matter."""
+    from celery.worker.request import Request
+
     acknowledge, reject = Request.acknowledge, Request.reject
 
     def acknowledged(self: Any) -> None:
@@ -94,6 +144,8 @@ def _watch_acknowledgements(journal: Journal) -> None:
 
 def _meet_faults(journal: Journal) -> None:
     """The last commit of a task is the one commit of a task's session inside of its unit's settling."""
+    from taskmesh.worker.unit import TaskSession, Unit
+
     settle, commit = Unit.settle, TaskSession.commit
 
     def settling(self: Unit, *args: Any, **kwargs: Any) -> None:

@@ -33,20 +33,19 @@ from taskmesh.contracts.manifest import Manifest
 from taskmesh.errors import TaskmeshError
 from taskmesh.management import Management
 from taskmesh.parts.postgres import ServiceDatabase, create_service_database, drop_database, drop_service_database
-from taskmesh.parts.processes import log_end
 from taskmesh.parts.rabbitmq import Broker, ServiceUsers, create_service_users, create_vhost, delete_vhost, in_vhost
 from taskmesh.testing import servers
 from taskmesh.testing.servers import Servers
 from taskmesh.testing.smtp import SmtpSink
 from taskmesh.topology import LIFECYCLE_QUEUE, declare, gateway_topology
 from taskmesh.verify.journal import Journal
+from taskmesh.verify.nursery import LOG_LINES, Nursery, WorkerEnded
 from taskmesh.verify.plan import Plan
 
 SETUP_SECONDS = 120.0
 READY_SECONDS = 60.0
 LEAVE_SECONDS = 20.0
 POLL_SECONDS = 0.05
-LOG_LINES = 15
 
 KEPT = ("PATH", "HOME", "USER", "LANG", "LANGUAGE", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SYSTEMROOT")
 KEPT_PREFIXES = ("LC_", "PYTHON", "SSL_CERT_")
@@ -86,22 +85,16 @@ class Scene:
         self.first_mail = len(sandbox.sink.messages)
         self.is_kept = False
         """True if the world is to stay as it is at the end, for other runs to begin with."""
-        self._log = folder / "worker.log"
         self._ready = folder / f"{sandbox.plan.service}-worker.ready"
-        self._worker = self._start(sandbox.plan.package)
-
-    def _start(self, package: str) -> subprocess.Popen[bytes]:
-        harness = [sys.executable, "-m", "taskmesh.verify.harness", str(self.journal.path), package, "worker"]
-        with self._log.open("ab") as log:
-            return subprocess.Popen(
-                harness,
-                env=dict(self.environment),
-                # The worker ends when the other end of this pipe is closed, whatever becomes of this process.
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+        try:
+            self._worker = sandbox.nursery.start(
+                sandbox.plan.package,
+                journal=self.journal.path,
+                log=folder / "worker.log",
+                environment=self.environment,
             )
+        except WorkerEnded as ended:
+            raise SandboxFailed(f"no worker could be started:\n{ended}") from ended
 
     def wait_until_ready(self) -> None:
         """Return when the worker consumes.
@@ -113,25 +106,19 @@ class Scene:
         while not self._ready.exists():
             self.check()
             if time.monotonic() > end:
-                raise SandboxFailed(f"the worker was not ready within {READY_SECONDS:.0f} s:\n{self.log_end()}")
+                raise SandboxFailed(f"the worker was not ready within {READY_SECONDS:.0f} s:\n{self._worker.log_end()}")
             time.sleep(POLL_SECONDS)
 
     def check(self) -> None:
         """Raise SandboxFailed if the worker has ended."""
-        if self._worker.poll() is not None:
-            raise SandboxFailed(f"the worker ended with {self._worker.returncode}:\n{self.log_end()}")
-
-    def log_end(self) -> str:
-        """The last lines of the worker's log."""
-        return log_end(self._log, lines=LOG_LINES)
+        try:
+            self._worker.check()
+        except WorkerEnded as ended:
+            raise SandboxFailed(f"the worker ended:\n{ended}") from ended
 
     def end(self) -> None:
         """Kill the worker: everything that it has done is committed and acknowledged, or does not count."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._worker.pid, signal.SIGKILL)
-        self._worker.wait()
-        if self._worker.stdin:
-            self._worker.stdin.close()
+        self._worker.kill()
 
 
 class Sandbox:
@@ -146,6 +133,7 @@ class Sandbox:
         self.sink = SmtpSink()
         self.manifest: Manifest
         self.first: World
+        self.nursery: Nursery
         self._say = say
         self._exits = contextlib.ExitStack()
         self._name = f"{plan.service}_{secrets.token_hex(4)}"
@@ -207,6 +195,7 @@ class Sandbox:
             self._say(f"preparing: {command}")
             self._run(["/bin/sh", "-c", command], environment)
         self.manifest = self._announced()
+        self.nursery = self._exits.enter_context(Nursery(self._folder, environment))
 
     def _forget_broker(self, management_url: str) -> None:
         delete_vhost(management_url, self._vhost)
