@@ -19,7 +19,7 @@ from gateway.observations import QueueFacts
 from gateway.reconciling import Reconciler
 from taskmesh import celery_protocol
 from taskmesh.contracts.control import CONTROL, Inquiry, Sighting, Sightings
-from taskmesh.contracts.lifecycle import LifecycleEvent, TaskKind, TaskState
+from taskmesh.contracts.lifecycle import LifecycleEvent, TaskFailure, TaskKind, TaskState
 from taskmesh.outbox import outbox
 
 TYPE = "greeter.person.greet"
@@ -379,6 +379,23 @@ async def test_a_task_that_has_ended_and_whose_report_was_lost_is_mended(scene, 
         "outcome_lost" if state is TaskState.FAILED else None,
     )
     assert balance(second) == (0, 0, 1, 0, 0)
+
+
+@pytest.mark.parametrize("state", [TaskState.SUCCEEDED, TaskState.FAILED])
+async def test_a_report_that_seemed_to_be_lost_and_comes_after_all_tells_the_rest(scene, state):
+    [task_id] = await scene.accept()
+    scene.knows[task_id] = {"state": state.value, "sequence": 0, "starts": 1}
+    await scene.audit()
+    await scene.audit()
+    failed = state is TaskState.FAILED
+    told = {"result": None, "failure": TaskFailure(code="exception", message="no")} if failed else {"result": {"a": 1}}
+
+    report = {"task_id": task_id, "type": TYPE, "service": "greeter", "state": state, "at": datetime.now(UTC)}
+    await scene.hear(LifecycleEvent(**report, **told))
+
+    task = await scene.task(task_id)
+    assert (task.state, task.result) == (state, told["result"])
+    assert (task.error or {}).get("code") == ("exception" if failed else None)
 
 
 async def test_while_the_broker_is_away_nobody_is_suspected(scene):

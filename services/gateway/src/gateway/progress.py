@@ -36,6 +36,9 @@ WORKER_LOST: Final = "worker_lost"
 DEAD_LETTERED: Final = "rejected"
 """The code of a failure told by a dead letter whose worker parked it on purpose, and knows more."""
 
+OUTCOME_LOST: Final = "outcome_lost"
+"""The code of a failure that only the service's inbox has told of, because the report seemed to be lost."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Progress:
@@ -79,7 +82,7 @@ class Progress:
         Returns:
             Whether that was new.
         """
-        before = (self.attempt, self.queued_at, self.started_at, self.error)
+        before = (self.attempt, self.queued_at, self.started_at, self.error, self.result)
         if event.state in COUNTED:
             self.attempt = max(self.attempt, event.attempt)
         if event.state is TaskState.QUEUED and not tells_of_loss(event):
@@ -90,14 +93,17 @@ class Progress:
         if self._is_outdone_by(event):
             assert event.failure is not None
             self.error, self.worker = event.failure.model_dump(), event.worker or self.worker
-        return before != (self.attempt, self.queued_at, self.started_at, self.error)
+        if self.state is event.state is TaskState.SUCCEEDED and self.result is None:
+            # An audit told of the end, which the inbox knows without its result, and the report comes after all.
+            self.result = event.result
+        return before != (self.attempt, self.queued_at, self.started_at, self.error, self.result)
 
     def _is_outdone_by(self, event: LifecycleEvent) -> bool:
-        """True if the task failed as a dead letter says, and the worker's own word for it comes after that."""
+        """True if the task failed as a dead letter or an inbox says, and the worker's own word comes after that."""
         if self.state is not TaskState.FAILED or event.state is not TaskState.FAILED or event.failure is None:
             return False
         known = self.error or {}
-        vague = known.get("code") == DEAD_LETTERED and known.get("exception") is None
+        vague = known.get("code") in {DEAD_LETTERED, OUTCOME_LOST} and known.get("exception") is None
         return vague and (event.failure.code != DEAD_LETTERED or event.failure.exception is not None)
 
     def move(self, event: LifecycleEvent) -> None:

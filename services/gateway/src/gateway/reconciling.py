@@ -22,6 +22,7 @@ from gateway import audits, candidates, inquiries, ledger, observations, redrivi
 from gateway.candidates import BEGINNING, Candidate, Cursor
 from gateway.inquiries import Question, Questions
 from gateway.observations import BrokerFacts, QueueFacts
+from gateway.progress import OUTCOME_LOST
 from gateway.sightings import Seen
 from gateway.transactions import transaction
 from gateway.unaccounted import Record
@@ -38,9 +39,6 @@ ANSWER_SECONDS: Final = 15.0
 POLL_SECONDS: Final = 1.0
 MENDED_AT_ONCE: Final = 500
 IDS_LOGGED: Final = 20
-
-OUTCOME_LOST: Final = "outcome_lost"
-"""The code of a failure that the service has recorded and whose report was lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

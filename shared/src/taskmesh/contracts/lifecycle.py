@@ -50,7 +50,7 @@ class TaskFailure(Part):
     model_config = ConfigDict(extra="ignore")
 
     code: str
-    """`TaskmeshError.code`, or one of: exception, poison, time_limit, malformed, worker_lost."""
+    """`TaskmeshError.code`, or one of: exception, poison, time_limit, malformed, worker_lost, outcome_lost."""
     message: Annotated[str, Field(max_length=2000)]
     exception: str | None = None
     """Qualified class name."""
