@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ VARIABLES = {
     # The inbox answers at once or not at all.
     "TASKMESH_SMTP_ANSWER_SECONDS": "5",
     "TASKMESH_RESEND_AFTER_SECONDS": "5",
-    "TASKMESH_WORKER_CONCURRENCY": "4",
+    "TASKMESH_WORKER_CONCURRENCY": "6",
 }
 
 
@@ -63,6 +63,8 @@ class Options:
         limit_seconds: How long the healed mesh may take to finish its work.
         standstill_seconds: How long nothing may happen meanwhile although work is left.
         keep: Whether the mesh's folder stays when all is well, too.
+        workers: Packages of more workers by their services; their tasks are submitted with the examples of their
+            schemas, and have to succeed.
     """
 
     seed: int
@@ -73,6 +75,7 @@ class Options:
     limit_seconds: float = 420.0
     standstill_seconds: float = 45.0
     keep: bool = False
+    workers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -81,25 +84,26 @@ class Options:
     def faults(self) -> list[Fault]:
         """The schedule of faults."""
         count = round(self.minutes * FAULTS_A_MINUTE) if self.count is None else self.count
-        return plan(self.seed, seconds=self.seconds, count=count, victims=Victims.of(fleet(self.plant).roles))
+        return plan(self.seed, seconds=self.seconds, count=count, victims=Victims.of(self.fleet().roles))
+
+    def fleet(self) -> Fleet:
+        """The processes of `make up`, the trial worker's and the given workers', with ports that nobody prefers."""
+        packages = {"trials": TRIALS, **self.workers}
+        added = [Role(service, package, role) for service, package in packages.items() for role in ("relay", "worker")]
+        # The door is opened last.
+        roles: list[Role] = [*ROLES[:-1], *added, ROLES[-1]]
+        if self.plant:
+            # A reconciler would mend what is to be found.
+            roles = [planted.through(role, self.plant) for role in roles if role.role != "reconciler"]
+        return Fleet(PACKAGES | packages, tuple(roles), variables=VARIABLES)
 
     def replay(self) -> str:
         """The command that runs the same campaign again."""
         words = [f"--seed {self.seed}", f"--minutes {self.minutes:g}", f"--rate {self.rate:g}"]
         words += [f"--faults {self.count}"] if self.count is not None else []
         words += [f"--plant {self.plant}"] if self.plant else []
+        words += [f"--worker {service}={package}" for service, package in self.workers.items()]
         return " ".join([".venv/bin/python -m taskmesh_local faults", *words])
-
-
-def fleet(plant: planted.Bug | None) -> Fleet:
-    """The processes of `make up` and the trial worker's, with ports that nobody prefers."""
-    trials = (Role("trials", TRIALS, "relay"), Role("trials", TRIALS, "worker"))
-    # The door is opened last.
-    roles: list[Role] = [*ROLES[:-1], *trials, ROLES[-1]]
-    if plant:
-        # A reconciler would mend what is to be found.
-        roles = [planted.through(role, plant) for role in roles if role.role != "reconciler"]
-    return Fleet(PACKAGES | {"trials": TRIALS}, tuple(roles), variables=VARIABLES)
 
 
 async def run(options: Options, folder: Path, console: Console) -> Report:
@@ -110,6 +114,7 @@ async def run(options: Options, folder: Path, console: Console) -> Report:
         PartDidNotStart: The mesh did not come up in the first place.
     """
     journal = Journal(console)
+    fleet = options.fleet()
     # Servers that the caller's shell names are not to be harmed.
     for name in environment.FILE_NAMES:
         os.environ.pop(name, None)
@@ -120,7 +125,7 @@ async def run(options: Options, folder: Path, console: Console) -> Report:
             mesh = Mesh(
                 state,
                 Progress(console),
-                fleet(options.plant),
+                fleet,
                 by_way_of=lambda url: detours[0].detour(url) if detours else url,
             )
             stack.push_async_callback(asyncio.to_thread, mesh.down, purge=False)
@@ -128,9 +133,9 @@ async def run(options: Options, folder: Path, console: Console) -> Report:
             database, broker = _servers(backing.postgres(state), backing.known_rabbitmq(state))
             proxies = Proxies(database_url=database.url, broker_url=broker.amqp_url)
             detours.append(await stack.enter_async_context(proxies))
-            everything = [name for name in fleet(options.plant).names if name != "traces"]
+            everything = [name for name in fleet.names if name != "traces"]
             await asyncio.to_thread(mesh.up, everything)
-            roles = [role.name for role in fleet(options.plant).roles]
+            roles = [role.name for role in fleet.roles]
             supervisor = Supervisor(mesh, state, roles, journal)
             injectors = Injectors(supervisor, proxies, database, broker, journal)
             injectors.keep_policies()
@@ -139,7 +144,7 @@ async def run(options: Options, folder: Path, console: Console) -> Report:
                 Load(variables["TASKMESH_URL"], variables["TASKMESH_API_KEY"], journal)
             )
             databases = Databases(
-                {service: variables[f"TASKMESH_{service.upper()}_DATABASE_URL"] for service in fleet(None).services}
+                {service: variables[f"TASKMESH_{service.upper()}_DATABASE_URL"] for service in fleet.services}
             )
             watch = Watch(
                 databases=databases,
@@ -164,7 +169,9 @@ async def _harm(options: Options, journal: Journal, load: Load, injectors: Injec
     journal.begin()
     faults = options.faults()
     journal.note(f"load of {options.rate:g} orders/s and {len(faults)} faults for {options.seconds:.0f} s")
-    loading = asyncio.create_task(load.run(orders(options.seed, seconds=options.seconds, rate=options.rate)))
+    examples = await load.examples(options.workers)
+    ordered = orders(options.seed, seconds=options.seconds, rate=options.rate, examples=examples)
+    loading = asyncio.create_task(load.run(ordered))
     try:
         await injectors.run(faults)
         await asyncio.sleep(max(0.0, options.seconds - journal.seconds))

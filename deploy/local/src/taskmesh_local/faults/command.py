@@ -29,6 +29,7 @@ def main(arguments: Sequence[str], console: Console) -> int:
         count=given.faults,
         plant=given.plant and Bug(given.plant),
         keep=given.keep,
+        workers=dict(given.worker),
     )
     if given.dry_run:
         faults = options.faults()
@@ -69,6 +70,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--faults", type=int, help="how many; twelve a minute otherwise")
     parser.add_argument("--plant", choices=list(Bug), help="run the roles with this bug, which has to be found")
     parser.add_argument("--report", type=Path, help="write what was found as JSON to this file")
+    parser.add_argument(
+        "--worker",
+        metavar="SERVICE=PACKAGE",
+        type=_worker,
+        action="append",
+        default=[],
+        help="a worker of your own to be harmed as well; its tasks are submitted with their schemas' examples",
+    )
     parser.add_argument("--keep", action="store_true", help="keep the mesh's folder although all is well")
     parser.add_argument("--dry-run", action="store_true", help="print the schedule of faults and stop")
     return parser
+
+
+def _worker(text: str) -> tuple[str, str]:
+    service, equals, package = text.partition("=")
+    if not (service and equals and package):
+        raise argparse.ArgumentTypeError("is a service and its package, such as orders=orders_worker")
+    return service, package

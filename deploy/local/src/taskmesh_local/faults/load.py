@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Self
@@ -14,6 +14,8 @@ import httpx
 
 from taskmesh.client import AsyncTaskmesh, ClientError, Submission
 from taskmesh.client.results import Task
+from taskmesh.contracts.lifecycle import TaskKind
+from taskmesh.testing.payloads import PayloadFactory
 from taskmesh_local.faults.journal import Journal
 from taskmesh_local.faults.orders import Order
 from taskmesh_local.faults.trials.contracts import Record
@@ -80,6 +82,15 @@ class Load:
                 await asyncio.sleep(max(0.0, order.at - self._journal.seconds))
                 group.create_task(self._place(order))
         await self._client.schedules.pause(schedule.id)
+
+    async def examples(self, services: Collection[str]) -> tuple[Submission, ...]:
+        """A payload that fits, for each type of these services that may be submitted."""
+        found = []
+        for listed in await self._client.types():
+            if listed.service in services and listed.kind is TaskKind.COMMAND:
+                announced = await self._client.type(listed.type)
+                found.append(Submission(type=listed.type, payload=PayloadFactory()(announced.payload_schema or {})))
+        return tuple(found)
 
     async def explain(self, task_ids: Iterable[UUID]) -> None:
         """Note why these tasks are not done."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from uuid import UUID
@@ -38,14 +38,18 @@ class Order:
     cancel_after: float | None = None
 
 
-def orders(seed: int, *, seconds: float, rate: float) -> Iterator[Order]:
-    """The orders of a campaign, one every 1/rate seconds."""
+def orders(seed: int, *, seconds: float, rate: float, examples: Sequence[Submission] = ()) -> Iterator[Order]:
+    """The orders of a campaign, one every 1/rate seconds; with examples, every fifth is one of these."""
     dice = random.Random(f"load {seed}")  # noqa: S311 - the same load for the same seed is the point
     makers, weights = zip(*MIX.items(), strict=True)
     poison_every = int(POISON_EVERY_SECONDS * rate)
     for number in range(int(seconds * rate)):
         make = dice.choices(makers, weights)[0]
-        order = make(dice, number) if number % poison_every != poison_every // 2 else _single(Poison())
+        order = make(dice, number)
+        if number % poison_every == poison_every // 2:
+            order = _single(Poison())
+        elif examples and number % 5 == 0:
+            order = _single(dice.choice(examples))
         repeat = dice.uniform(0.0, 10.0) if dice.random() < 0.05 else None
         name = str(UUID(int=dice.getrandbits(128), version=4))
         yield replace(order, at=number / rate, key=f"{seed}-{number}-{name}", repeat_after=repeat)
