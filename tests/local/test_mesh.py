@@ -63,7 +63,7 @@ def test_a_mesh_comes_up_mends_what_is_killed_and_goes_down_without_a_trace(comm
         started = _processes(folders)
         assert all(process.is_running() for process in started.values())
         status = command("status")
-        assert (status.returncode, "All 12 are up." in status.stdout) == (0, True)
+        assert (status.returncode, "All 13 are up." in status.stdout) == (0, True)
 
         killed = ("rabbitmq", "postgres", "billing-worker", "gateway-api", "inbox")
         for name in killed:
