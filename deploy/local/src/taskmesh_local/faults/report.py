@@ -26,6 +26,8 @@ from taskmesh_local.faults.supervisor import Supervisor
 if TYPE_CHECKING:
     from taskmesh_local.faults.campaign import Options
 
+LOG_WIDTH = 180
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
@@ -117,6 +119,9 @@ class Report:
 
     def show(self, console: Console) -> None:
         """Print the faults, the invariants, and how to see it again when one does not hold."""
+        if not console.is_terminal:
+            # A log of CI has no width; the default of 80 columns would fold every figure.
+            console = Console(file=console.file, width=LOG_WIDTH)
         console.print()
         console.print(
             f"seed {self.seed}, {self.minutes:g} minutes: {self.fault_count} faults,"
