@@ -5,6 +5,14 @@
 
 from taskmesh.client.asynchronous import AsyncTaskmesh
 from taskmesh.client.blocking import Taskmesh
+from taskmesh.client.dead_letters import (
+    BulkDiscard,
+    BulkReplay,
+    DeadLetter,
+    DeadLetterDetail,
+    DeadLetterGroup,
+    Replayed,
+)
 from taskmesh.client.operations import Submission
 from taskmesh.client.problems import (
     ClientError,
@@ -40,9 +48,14 @@ from taskmesh.contracts.lifecycle import TaskState
 
 __all__ = [
     "AsyncTaskmesh",
+    "BulkDiscard",
+    "BulkReplay",
     "Cancelling",
     "ClientError",
     "Conflict",
+    "DeadLetter",
+    "DeadLetterDetail",
+    "DeadLetterGroup",
     "Explanation",
     "FieldError",
     "Forbidden",
@@ -55,6 +68,7 @@ __all__ = [
     "NotConfigured",
     "PayloadRefused",
     "PayloadTooLarge",
+    "Replayed",
     "Schedule",
     "Service",
     "StateChange",

@@ -9,7 +9,25 @@ from uuid import UUID
 
 import httpx
 
-from taskmesh.client import actions, connection, operations, reconciliation, schedules, services, streaming
+from taskmesh.client import (
+    actions,
+    connection,
+    dead_letters,
+    operations,
+    reconciliation,
+    schedules,
+    services,
+    streaming,
+)
+from taskmesh.client.dead_letters import (
+    BulkDiscard,
+    BulkReplay,
+    DeadLetter,
+    DeadLetterDetail,
+    DeadLetterGroup,
+    LetterFilter,
+    Replayed,
+)
 from taskmesh.client.drivers import AsyncDriver
 from taskmesh.client.exchange import Patience
 from taskmesh.client.operations import Filter, Seconds, Submission, SubmitOptions
@@ -48,6 +66,7 @@ class AsyncTaskmesh:
         self._driver = AsyncDriver(self._http)
         self._patience = Patience(total_seconds=operations.in_seconds(timeout))
         self.schedules = AsyncSchedules(self._driver, self._patience)
+        self.dead_letters = AsyncDeadLetters(self._driver, self._patience)
 
     @classmethod
     def from_env(cls, *, timeout: Seconds = 30.0) -> Self:
@@ -247,3 +266,87 @@ class AsyncSchedules:
     async def delete(self, schedule_id: UUID | str) -> None:
         """Fire never again; tasks that it has submitted stay."""
         await self._driver.run(schedules.delete(schedule_id, self._patience))
+
+
+class AsyncDeadLetters:
+    """Sees to messages that could not be run."""
+
+    def __init__(self, driver: AsyncDriver, patience: Patience) -> None:
+        self._driver = driver
+        self._patience = patience
+
+    def list(
+        self,
+        *,
+        state: str | None = None,
+        limit: int | None = None,
+        page_size: int = 100,
+        **wanted: Unpack[LetterFilter],
+    ) -> AsyncIterator[DeadLetter]:
+        """The letters that match, newest first, fetched page by page.
+
+        Args:
+            state: `open`, `replayed` or `discarded`; None for all.
+        """
+        return self._driver.iterate(dead_letters.list_letters(wanted, state, limit, page_size, self._patience))
+
+    async def groups(
+        self, *, state: str | None = "open", **wanted: Unpack[LetterFilter]
+    ) -> tuple[DeadLetterGroup, ...]:
+        """The letters that match, by what they died of, the largest group first."""
+        return await self._driver.run(dead_letters.list_groups(wanted, state, self._patience))
+
+    async def get(self, letter_id: int) -> DeadLetterDetail:
+        """The letter with its body, its headers and what has happened to its task."""
+        return await self._driver.run(dead_letters.get(letter_id, self._patience))
+
+    async def replay(
+        self,
+        letter_id: int,
+        payload: Mapping[str, Any] | None = None,
+        *,
+        type: str | None = None,  # noqa: A002 - as in the contract
+    ) -> Replayed:
+        """Send a letter again as a new task, with another payload if one is given.
+
+        Args:
+            type: Of a letter that cannot be read.
+
+        Raises:
+            Conflict: It was replayed or discarded before.
+            PayloadRefused: The payload does not fit the contract of its type.
+        """
+        return await self._driver.run(dead_letters.replay(letter_id, payload, type, self._patience))
+
+    async def discard(self, letter_id: int, *, note: str | None = None) -> DeadLetter:
+        """Put a letter away."""
+        return await self._driver.run(dead_letters.discard(letter_id, note, self._patience))
+
+    async def replay_many(
+        self,
+        *,
+        rate_per_second: float | None = None,
+        dry_run: bool = False,
+        limit: int | None = None,
+        **wanted: Unpack[LetterFilter],
+    ) -> BulkReplay:
+        """Send the open letters that match again, the oldest first and at most 10,000 of them.
+
+        Args:
+            rate_per_second: How fast their tasks become due; None for all at once.
+            dry_run: Only say what would be done.
+        """
+        return await self._driver.run(
+            dead_letters.replay_many(wanted, rate_per_second, limit, self._patience, dry_run=dry_run)
+        )
+
+    async def discard_many(
+        self,
+        *,
+        note: str | None = None,
+        dry_run: bool = False,
+        limit: int | None = None,
+        **wanted: Unpack[LetterFilter],
+    ) -> BulkDiscard:
+        """Put the open letters that match away, the oldest first and at most 10,000 of them."""
+        return await self._driver.run(dead_letters.discard_many(wanted, note, limit, self._patience, dry_run=dry_run))

@@ -85,7 +85,7 @@ class LetterQuery(LetterFilter):
 class GroupQuery(LetterFilter):
     """Filters of groups of dead letters."""
 
-    state: LetterState | None = LetterState.OPEN
+    state: LetterState | None = None
     limit: Annotated[int, Field(ge=1, le=200)] = 50
 
 
@@ -299,7 +299,7 @@ async def list_dead_letters(
 async def list_groups(
     query: Annotated[GroupQuery, Query()], _: DeadLetterReader, gateway: GatewayParts
 ) -> LetterGroups:
-    """Group dead letters, the open ones unless asked otherwise, by what they died of; the largest group first."""
+    """Group dead letters by what they died of; the largest group first."""
     async with transaction(gateway.engine) as connection:
         rows = await listing.list_groups(connection, query.chosen(query.state), limit=query.limit)
     return LetterGroups(items=[LetterGroup.model_validate(row) for row in rows])
