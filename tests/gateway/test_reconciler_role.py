@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -55,6 +54,12 @@ class Mesh:
         with pika.BlockingConnection(pika.URLParameters(self.orders.amqp_url)) as connection:
             return int(connection.channel().queue_declare(queue, passive=True).method.message_count)
 
+    def work(self) -> None:
+        """Make sure that a worker runs."""
+        worker = self.orders.processes.get("worker")
+        if worker is None or worker.poll() is not None:
+            self.orders.start("worker")
+
     def audits(self, *, since: int = 0) -> list[dict[str, Any]]:
         return self.gateway.rows("select * from audits where id > %s order by id", since)
 
@@ -66,9 +71,9 @@ class Mesh:
         since = self.last_audit()
         return eventually(lambda: len(found := self.audits(since=since)) >= times and found)
 
-    def wait_for_audit(self, **wanted: Any) -> dict[str, Any]:
+    def wait_for_audit(self, since: int, **wanted: Any) -> dict[str, Any]:
         def found() -> dict[str, Any] | None:
-            for audit in self.audits():
+            for audit in self.audits(since=since):
                 if all((audit | audit["detail"])[name] == value for name, value in wanted.items()):
                     return audit
             return None
@@ -81,67 +86,52 @@ class Mesh:
         return str(task["state"])
 
 
-@pytest.fixture
-def mesh(postgres: str, rabbitmq: Any, tmp_path: Path, otlp_sink: OtlpSink) -> Iterator[Mesh]:
+@pytest.fixture(scope="module")
+def mesh(postgres: str, rabbitmq: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    """One for all tests of this module: each but the last leaves it without unfinished tasks."""
+    folder = tmp_path_factory.mktemp("reconciler")
+    roles = ("projector", "relay", "api")
     with (
-        orders_service(postgres, rabbitmq, tmp_path, "relay") as orders,
-        running_gateway(
-            postgres, orders.amqp_url, rabbitmq.management_url, tmp_path, "projector", "relay", "api"
-        ) as gate,
+        OtlpSink() as sink,
+        orders_service(postgres, rabbitmq, folder, "relay") as orders,
+        running_gateway(postgres, orders.amqp_url, rabbitmq.management_url, folder, *roles) as gateway,
     ):
-        gate.environment |= SETTINGS | {"OTEL_EXPORTER_OTLP_ENDPOINT": otlp_sink.endpoint}
-        gate.start("reconciler")
-        types = "select 1 from manifests where service = 'orders'"
-        eventually(lambda: gate.rows(types))
-        yield Mesh(gate, orders, otlp_sink)
+        gateway.environment |= SETTINGS | {"OTEL_EXPORTER_OTLP_ENDPOINT": sink.endpoint}
+        gateway.start("reconciler")
+        eventually(lambda: gateway.rows("select 1 from manifests where service = 'orders'"))
+        yield Mesh(gateway, orders, sink)
 
 
 def test_tasks_of_a_purged_queue_are_named_and_sent_again_and_each_runs_once(mesh):
+    before = mesh.last_audit()
     task_ids = mesh.submit(TASKS)
     eventually(lambda: mesh.depth("orders") == TASKS)
 
     assert mesh.purge("orders") == TASKS
 
-    named = mesh.wait_for_audit(unaccounted=TASKS)
+    named = mesh.wait_for_audit(before, unaccounted=TASKS)
     assert (named["accepted"], named["redriven"]) == (TASKS, TASKS)
     eventually(lambda: mesh.sink.gauges.get("taskmesh_unaccounted_tasks") == TASKS)
-    mesh.orders.start("worker")
+    mesh.work()
     eventually(lambda: {mesh.state(task_id) for task_id in task_ids} == {"succeeded"})
     assert [mesh.orders.notes(task_id) for task_id in task_ids] == [["a"]] * TASKS
-    mesh.wait_for_audit(finished=TASKS, unaccounted=0)
+    mesh.wait_for_audit(named["id"], finished=TASKS, unaccounted=0)
     eventually(lambda: mesh.sink.gauges.get("taskmesh_unaccounted_tasks") == 0)
 
 
 def test_a_task_whose_lifecycle_event_was_purged_is_mended(mesh):
+    before = mesh.last_audit()
     mesh.gateway.stop_role("projector")
     [task_id] = mesh.submit()
-    mesh.orders.start("worker")
+    mesh.work()
     mesh.orders.wait(task_id, "succeeded")
     eventually(mesh.orders.idle)
     assert mesh.purge("gateway.lifecycle")
 
     mesh.gateway.start("projector")
 
-    mesh.wait_for_audit(mended=1)
+    mesh.wait_for_audit(before, mended=1)
     assert mesh.state(task_id) == "succeeded"
-
-
-def test_a_task_that_runs_and_loses_its_worker_is_accounted_for_all_the_time(mesh):
-    mesh.orders.start("worker")
-    [task_id] = mesh.submit(mode="hang")
-    eventually(lambda: mesh.state(task_id) == "running")
-    running = mesh.audited(3)
-
-    worker = mesh.orders.processes["worker"]
-    children = subprocess.run(["pgrep", "-P", str(worker.pid)], capture_output=True, text=True, check=False).stdout
-    for pid in (worker.pid, *map(int, children.split())):
-        os.kill(pid, signal.SIGKILL)
-    worker.wait()
-    eventually(lambda: mesh.depth("orders") == 1)
-    lost = mesh.audited(6)
-
-    assert [audit["unaccounted"] for audit in running + lost] == [0] * len(running + lost)
-    assert mesh.depth("orders") == 1
 
 
 def test_an_audit_that_is_asked_for_has_started_after_the_call(mesh):
@@ -154,6 +144,7 @@ def test_an_audit_that_is_asked_for_has_started_after_the_call(mesh):
 
 def test_a_second_replica_takes_over_from_one_that_was_killed(mesh):
     first = mesh.gateway.processes["reconciler"]
+    # Ready as soon as it waits for its turn.
     mesh.gateway.start("reconciler")
 
     first.kill()
@@ -178,3 +169,21 @@ def test_the_command_says_zero_when_all_tasks_are_accounted_for(mesh):
     )
     assert done.returncode == 0, done.stderr
     assert "unaccounted" in done.stdout
+
+
+def test_a_task_that_runs_and_loses_its_worker_is_accounted_for_all_the_time(mesh):
+    mesh.work()
+    [task_id] = mesh.submit(mode="hang")
+    eventually(lambda: mesh.state(task_id) == "running")
+    running = mesh.audited(3)
+
+    worker = mesh.orders.processes["worker"]
+    children = subprocess.run(["pgrep", "-P", str(worker.pid)], capture_output=True, text=True, check=False).stdout
+    for pid in (worker.pid, *map(int, children.split())):
+        os.kill(pid, signal.SIGKILL)
+    worker.wait()
+    eventually(lambda: mesh.depth("orders") == 1)
+    lost = mesh.audited(6)
+
+    assert [audit["unaccounted"] for audit in running + lost] == [0] * len(running + lost)
+    assert mesh.depth("orders") == 1
