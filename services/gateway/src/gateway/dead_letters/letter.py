@@ -88,7 +88,14 @@ class DeadLetter:
     def fingerprint(self) -> bytes:
         """The same for every delivery of the same dead letter, and of no other."""
         headers = {name: value for name, value in self.headers.items() if name not in COUNTS}
-        facts = [self.queue, self.reason, str(self.died_at), self.routing_key, bounded(headers), bounded(self.properties)]
+        facts = [
+            self.queue,
+            self.reason,
+            str(self.died_at),
+            self.routing_key,
+            bounded(headers),
+            bounded(self.properties),
+        ]
         return hashlib.sha256(json.dumps(facts).encode() + b"\x00" + self.body).digest()
 
     def row(self, diagnosis: Diagnosis) -> dict[str, Any]:
