@@ -187,6 +187,7 @@ dead_letters = Table(
     Column("resolved_by", Uuid),
     Column("resolution_note", Text),
     Column("replay_task_id", Uuid),
+    CheckConstraint("state IN ('open','replayed','discarded')", name="dead_letters_state_check"),
     Index("dead_letters_received", "received_at", "id"),
     Index("dead_letters_task", "task_id"),
     Index("dead_letters_open", "error_fingerprint", "received_at", "id", postgresql_where=text("state = 'open'")),
@@ -258,6 +259,7 @@ broker_status = Table(
     Column("since", DateTime(timezone=True), nullable=False),
     Column("observed_at", DateTime(timezone=True), nullable=False),
     Column("error", Text),
+    CheckConstraint("one", name="broker_status_one_check"),
 )
 
 broker_queues = Table(

@@ -59,13 +59,13 @@ def upgrade() -> None:
             id bigint generated always as identity primary key,
             started_at timestamptz not null,
             finished_at timestamptz,
-            accepted bigint not null default 0,
-            waiting bigint not null default 0,
-            running bigint not null default 0,
-            finished bigint not null default 0,
-            dead bigint not null default 0,
-            unaccounted bigint not null default 0,
-            redriven bigint not null default 0,
+            accepted bigint not null default '0',
+            waiting bigint not null default '0',
+            running bigint not null default '0',
+            finished bigint not null default '0',
+            dead bigint not null default '0',
+            unaccounted bigint not null default '0',
+            redriven bigint not null default '0',
             detail jsonb not null default '{}'
         )
         """
