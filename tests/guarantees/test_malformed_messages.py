@@ -21,7 +21,10 @@ from taskmesh.testing.waiting import eventually
 
 from .malformed import FOR_THE_PROJECTOR, FOR_WORKERS, Message, examples
 
-NORMALLY = 330
+# Under the load of a whole suite.
+pytestmark = pytest.mark.timeout(300)
+
+NORMALLY = 256
 MANY = 10_000
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
@@ -18,7 +18,7 @@ from typing import Any, Final
 from opentelemetry import trace
 from opentelemetry.trace import Link, SpanKind
 from pydantic import ValidationError
-from sqlalchemy.exc import DataError, IntegrityError, InternalError, OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from gateway import catalogue, idempotency, ledger, lineage, schedules, sightings
@@ -29,7 +29,7 @@ from gateway.transactions import transaction
 from taskmesh import celery_protocol, lifecycle, telemetry
 from taskmesh.consuming import Delivery
 from taskmesh.contracts.control import Sightings
-from taskmesh.contracts.lifecycle import LifecycleEvent
+from taskmesh.contracts.lifecycle import LifecycleEvent, TaskFailure
 from taskmesh.contracts.manifest import Manifest
 from taskmesh.errors import DatabaseUnavailable
 from taskmesh.sightings import ROUTING_KEY as SIGHTINGS_KEY
@@ -52,8 +52,12 @@ TASKS_AT_ONCE: Final = 2_000
 MAX_NAME: Final = 200
 """Of a type or a service; what is longer does not fit into an index."""
 
-UNKEEPABLE: Final = (DataError, IntegrityError, InternalError, OperationalError, ValueError, ArithmeticError)
-"""What a message may be the cause of, once the database is known to be there."""
+LIMIT_EXCEEDED: Final = "54"
+"""SQLSTATEs of what is too large or too deep for PostgreSQL."""
+
+
+class _Unkeepable(Exception):
+    """PostgreSQL refuses something that a message says; the text is the error's class."""
 
 
 class _Unreadable(ValueError):
@@ -87,7 +91,7 @@ class Projector:
         with _span(deliveries, batch):
             try:
                 await self._commit(batch)
-            except UNKEEPABLE:
+            except _Unkeepable:
                 # One of them holds what PostgreSQL cannot keep (a NUL character, say): find it.
                 for delivery in deliveries:
                     await self._commit_alone(delivery)
@@ -97,10 +101,10 @@ class Projector:
         batch = _read([delivery])
         try:
             await self._commit(batch)
-        except UNKEEPABLE as error:
-            fault = f"PostgreSQL cannot keep it: {type(error).__name__}"
+        except _Unkeepable as error:
+            fault = f"PostgreSQL cannot keep it: {error}"
             logger.error(  # noqa: TRY400 - the error may quote the message
-                "message cannot be kept", extra={"queue": delivery.queue, "exception": type(error).__name__}
+                "message cannot be kept", extra={"queue": delivery.queue, "exception": str(error)}
             )
             if batch.events:
                 for event in batch.events:
@@ -112,12 +116,12 @@ class Projector:
         """Commit one event; one that cannot be kept is parked, and of its task at least the state is told."""
         try:
             await self._commit(_Batch(events=[event]))
-        except UNKEEPABLE as error:
-            fault = f"PostgreSQL cannot keep this event: {type(error).__name__}"
+        except _Unkeepable as error:
+            fault = f"PostgreSQL cannot keep this event: {error}"
             parked = letter.malformed(delivery, fault, body=lifecycle.encode([event]))
             try:
                 await self._commit(_Batch(events=[_bare(event)], letters=[parked]))
-            except UNKEEPABLE:
+            except _Unkeepable:
                 await self._commit(_Batch(letters=[parked]))
 
     async def _commit(self, batch: _Batch) -> None:
@@ -130,9 +134,14 @@ class Projector:
         await self._write(replace(batch, events=told))
 
     async def _write(self, batch: _Batch) -> None:
+        """Commit a batch in one transaction.
+
+        Raises:
+            _Unkeepable: Something in it is the cause that nothing of it was committed.
+        """
         now = datetime.now(UTC)
         announced = await self._catalogue.current() if batch.letters else catalogue.Snapshot()
-        async with transaction(self._engine) as connection:
+        async with _blaming(), transaction(self._engine) as connection:
             diagnoses = await diagnosing.diagnose(connection, batch.letters, announced) if batch.letters else []
             events = await lineage.with_children(connection, batch.events)
             accepted = await ledger.advance(connection, [*events, *_failures(batch.letters, diagnoses, now)])
@@ -154,6 +163,20 @@ class Projector:
         logger.debug("batch projected", extra={"events": len(batch.events), "accepted": accepted})
 
 
+@contextlib.asynccontextmanager
+async def _blaming() -> AsyncIterator[None]:
+    """Tell what a message is the cause of from what is wrong with the database, its schema or this program."""
+    try:
+        yield
+    except (DataError, IntegrityError, UnicodeError, OverflowError) as error:
+        raise _Unkeepable(type(error).__name__) from error
+    except DBAPIError as error:
+        sqlstate: str | None = getattr(error.orig, "sqlstate", None)
+        if sqlstate is None or not sqlstate.startswith(LIMIT_EXCEEDED):
+            raise
+        raise _Unkeepable(type(error.orig).__name__) from error
+
+
 def _failures(
     letters: Iterable[DeadLetter], diagnoses: Iterable[letter.Diagnosis], now: datetime
 ) -> list[LifecycleEvent]:
@@ -165,7 +188,15 @@ def _bare(event: LifecycleEvent) -> LifecycleEvent:
     """The event without what it carries: which task is in which state."""
     kept = ("task_id", "type", "state", "at", "service", "kind", "root_id", "parent_id", "event_id")
     sequence = min(max(event.sequence, 0), celery_protocol.MAX_SEQUENCE)
-    return LifecycleEvent(**{name: getattr(event, name) for name in kept}, sequence=sequence, attempt=0)
+    lost = TaskFailure(
+        code="malformed", message="what its worker has told is kept as a dead letter of gateway.lifecycle"
+    )
+    return LifecycleEvent(
+        **{name: getattr(event, name) for name in kept},
+        sequence=sequence,
+        attempt=0,
+        failure=lost if event.failure else None,
+    )
 
 
 async def _announce(connection: AsyncConnection, manifest: Manifest) -> None:

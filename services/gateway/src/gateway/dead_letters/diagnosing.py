@@ -19,7 +19,7 @@ from gateway.catalogue import KnownType, Snapshot
 from gateway.dead_letters.letter import CONTROL_SUFFIX, DeadLetter, Diagnosis
 from gateway.dead_letters.storable import plain
 from gateway.models import tasks
-from taskmesh.contracts.lifecycle import TaskFailure, TaskState
+from taskmesh.contracts.lifecycle import TaskState
 from taskmesh.topology import LIFECYCLE_QUEUE
 
 logger = logging.getLogger(__name__)
@@ -48,12 +48,12 @@ async def diagnose(connection: AsyncConnection, letters: Sequence[DeadLetter], a
     return await asyncio.to_thread(_diagnose_all, letters, told, known, frozenset(announced.version))
 
 
-def told_by_worker(failure: TaskFailure, attempt: int | None) -> Diagnosis:
-    """What a worker has told the ledger, as a diagnosis."""
+def told_by_worker(failure: Mapping[str, Any], attempt: int | None) -> Diagnosis:
+    """What a worker has told the ledger, a `TaskFailure` as it is kept, as a diagnosis."""
     return Diagnosis(
-        code=plain(failure.code) or "exception",
-        error=plain(failure.message, MAX_ERROR) or "",
-        exception=plain(failure.exception),
+        code=plain(failure.get("code")) or "exception",
+        error=plain(failure.get("message"), MAX_ERROR) or "",
+        exception=plain(failure.get("exception")),
         attempt=attempt,
     )
 
@@ -75,7 +75,7 @@ def _of_ledger(row: Row[*tuple[Any, ...]]) -> Diagnosis | None:
     error = row.error or {}
     if not error.get("exception"):
         return None
-    return told_by_worker(TaskFailure.model_validate(error), row.attempt or None)
+    return told_by_worker(error, row.attempt or None)
 
 
 def _diagnose_all(

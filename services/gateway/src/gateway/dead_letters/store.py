@@ -58,7 +58,7 @@ def _from_worker(event: LifecycleEvent) -> bool:
 
 def _completion(row: Any, event: LifecycleEvent) -> dict[str, Any]:
     assert event.failure is not None
-    diagnosis = told_by_worker(event.failure, event.attempt)
+    diagnosis = told_by_worker(event.failure.model_dump(), event.attempt)
     return {
         "letter_id": row.id,
         "code": diagnosis.code,
