@@ -221,7 +221,7 @@ def test_an_interrupted_verification_leaves_nothing_behind(
     """No process, no database, no virtual host, no user, and no file."""
     interrupted.send_signal(number)
 
-    assert interrupted.wait(60) == exit_code
+    assert interrupted.wait(300) == exit_code
     assert workers(tmp_path) == []
     assert not list(tmp_path.glob("taskmesh-verify-*"))
     with psycopg.connect(postgres) as admin:

@@ -25,6 +25,14 @@ TERMINATED = 143
 STYLES = {"ok": "green", "differs": "bold red", "not_exercised": "yellow"}
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which then is what Ctrl-C is to whoever waits: psycopg cancels its query, the sandbox cleans up."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
 def verify(
     *,
     service: Annotated[str, typer.Option(help="The service: the first word of its types.")],
@@ -61,8 +69,7 @@ def verify(
         from taskmesh.verify.plan import PlanMistake
     except ImportError as missing:
         raise UsageError(f"{NEEDED} ({missing.name} is missing)") from missing
-    # Like Ctrl-C: an end in which the sandbox is cleaned up.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         plan = _plan(
             service,
@@ -80,6 +87,8 @@ def verify(
         report = carry_out(plan, _say)
     except (PlanMistake, TaskmeshError) as error:
         raise UsageError(str(error)) from error
+    except Terminated:
+        raise typer.Exit(TERMINATED) from None
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     if as_json:

@@ -7,6 +7,7 @@ before the fork: they take most of a worker's start, of which there are four for
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -64,23 +65,29 @@ def main() -> None:
     """Fork a worker for each order, until the verifier ends; the workers end with this process."""
     for module in PRELOADED:
         importlib.import_module(module)
-    # Nobody asks how a worker has ended.
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     alive, held = os.pipe()
+    workers: list[int] = []
     while line := sys.stdin.readline():
         order = Order(**json.loads(line))
+        workers = [pid for pid in workers if os.waitpid(pid, os.WNOHANG) == (0, 0)]
         pid = os.fork()
         if pid == 0:
             os.close(held)
             work(order, alive)
             return
+        workers.append(pid)
         print(pid, flush=True)  # noqa: T201 - the answer
+    for pid in workers:
+        with contextlib.suppress(ProcessLookupError):
+            # Its pool, too; unless it has had no time yet to lead a group.
+            os.killpg(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def work(order: Order, alive: int) -> None:
     """Be the service's worker, in a session of its own."""
     os.setsid()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     random.seed()
     log = os.open(order.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for standard, replacement in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
@@ -94,7 +101,7 @@ def work(order: Order, alive: int) -> None:
 
 
 def _end_with_the_harness(alive: int) -> None:
-    """The harness holds the other end of this pipe, and nobody writes to it: reading ends when the harness does."""
+    """If the harness itself is killed: it holds the other end of this pipe, and nobody writes to it."""
     os.read(alive, 1)
     os.killpg(os.getpgrp(), signal.SIGKILL)
 

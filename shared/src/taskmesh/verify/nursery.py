@@ -12,6 +12,7 @@ from taskmesh.parts.processes import Process, log_end
 from taskmesh.verify.harness import Order
 
 LOG_LINES = 15
+END_SECONDS = 20.0
 
 
 class WorkerEnded(Exception):
@@ -65,8 +66,12 @@ class Nursery:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._harness.kill()
-        self._harness.communicate()
+        # The end of its standard input tells it to end its workers, and then itself.
+        try:
+            self._harness.communicate(timeout=END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._harness.kill()
+            self._harness.communicate()
 
     def start(self, package: str, *, journal: Path, log: Path, environment: Mapping[str, str]) -> Worker:
         """Start the worker role of the package.
