@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import signal
 import subprocess
 import sys
@@ -228,7 +229,7 @@ class Wire:
 
         async def call() -> None:
             result = act()
-            if result is not None:
+            if inspect.isawaitable(result):
                 await result
 
         asyncio.run_coroutine_threadsafe(call(), self._loop).result(timeout=10)

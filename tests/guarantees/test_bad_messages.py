@@ -14,6 +14,7 @@ from running_gateway import Gateway
 from taskmesh import celery_protocol, control
 from taskmesh.celery_protocol import TaskMessage
 from taskmesh.contracts.control import Cancellation
+from taskmesh.testing.waiting import eventually
 
 from .conftest import Fragile
 
@@ -49,7 +50,7 @@ def assert_dead(orders: Fragile, ledger: Gateway, task_id: str, *codes: str) -> 
     """The task is failed with one of the codes, its message is kept, and it has not run; a good task still does."""
     outcome = ledger.outcome(task_id)
     assert outcome["state"] == "failed"
-    [letter] = ledger.letters(task_id)
+    [letter] = eventually(lambda: ledger.letters(task_id))
     assert letter["reason"] == "rejected" and letter["queue"] == "orders"
     assert (letter["code"] or outcome["error"]["code"]) in codes
     assert orders.starts(task_id) == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,25 +41,31 @@ def test_a_relay_killed_between_publish_and_delete(orders: Fragile, ledger: Gate
     assert orders.one_effect(task_id) and orders.starts(task_id) == 1
 
 
-def test_a_lost_confirm(orders: Fragile, ledger: Gateway, idle_worker: None, wire: Callable[[str], Wire]) -> None:
-    """The connection is cut between the publish and the broker's answer: published again, done once."""
+@pytest.fixture
+def wire_to_relay(orders: Fragile, wire: Callable[[str], Wire]) -> Iterator[Wire]:
+    """The relay's connection to the broker, in the hands of the test."""
     orders.stop_role("relay")
     proxy = wire(orders.amqp_url)
     orders.start("relay", TASKMESH_AMQP_URL=proxy.url)
-    proxy.stall()
+    yield proxy
+    orders.stop_role("relay")
+
+
+def test_a_lost_confirm(orders: Fragile, ledger: Gateway, idle_worker: None, wire_to_relay: Wire) -> None:
+    """The connection is cut between the publish and the broker's answer: published again, done once."""
+    wire_to_relay.stall()
     task_id = orders.write("orders.loss.whole")
     orders.release(task_id)
     eventually(lambda: orders.messages() == 1)
     assert orders.outbox() == 1
 
-    proxy.cut()
+    wire_to_relay.cut()
     eventually(lambda: (orders.messages(), orders.outbox()) == (2, 0))
 
     orders.start("worker")
     assert ledger.outcome(task_id)["state"] == "succeeded"
     eventually(lambda: orders.messages() == 0)
     assert orders.one_effect(task_id) and orders.starts(task_id) == 1
-    orders.stop_role("relay")
 
 
 def test_an_unroutable_publish(orders: Fragile, ledger: Gateway) -> None:
