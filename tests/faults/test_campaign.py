@@ -26,7 +26,9 @@ def test_a_planted_bug_is_found(bug, tmp_path):
     """Within three seeds, and by the invariant that it breaks."""
     reports = []
     for seed in SEEDS:
-        options = Options(seed=seed, minutes=1.5, rate=10, plant=bug, limit_seconds=120, standstill_seconds=20)
+        options = Options(
+            seed=seed, minutes=1.5, rate=10, count=36, plant=bug, limit_seconds=120, standstill_seconds=20
+        )
         reports.append(asyncio.run(run(options, tmp_path / f"mesh-{seed}", Console(width=160))))
         if FOUND_BY[bug] in reports[-1].broken:
             return

@@ -65,7 +65,7 @@ def skip_the_inbox() -> None:
 
 
 def delete_before_confirm() -> None:
-    """Commit the deletion of the claimed rows, and only then publish them."""
+    """Commit the deletion of the rows that are due, and only then publish them."""
     from sqlalchemy import delete
     from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -74,17 +74,14 @@ def delete_before_confirm() -> None:
 
     claim = Relay._claim  # noqa: SLF001 - there is no other way in
 
-    async def claim_and_delete(self: Relay, connection: AsyncConnection) -> Any:
-        claimed = await claim(self, connection)
-        if claimed:
-            ids = [row.id for row, _ in claimed]
-            await connection.execute(delete(outbox).where(outbox.c.id.in_(ids)))
-            # The rest of the move needs a transaction to be open.
-            await connection.commit()
-            await connection.begin()
+    async def claim_and_delete(self: Relay, _: AsyncConnection) -> Any:
+        async with self._engine.begin() as first:
+            claimed = await claim(self, first)
+            due = [row.id for row, is_expired in claimed if not is_expired]
+            await first.execute(delete(outbox).where(outbox.c.id.in_(due)))
         return claimed
 
-    Relay._claim = claim_and_delete  # type: ignore[method-assign] # noqa: SLF001 - as above
+    Relay._claim = claim_and_delete  # type: ignore[assignment, method-assign] # noqa: SLF001 - as above
 
 
 PATCHES: dict[Bug, Callable[[], None]] = {
