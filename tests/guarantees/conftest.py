@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import signal
 import subprocess
@@ -128,6 +129,24 @@ class Fragile(Orders):
         """How many messages wait in a queue; those that were handed over and not acknowledged are not among them."""
         with pika.BlockingConnection(pika.URLParameters(self.amqp_url)) as connection:
             return int(connection.channel().queue_declare(queue, passive=True).method.message_count)
+
+    @contextlib.contextmanager
+    def policy(self, **changes: Any) -> Iterator[None]:
+        """Change, for the length of the block, what the broker does with the queue of commands."""
+        with Management(self.management_url) as management:
+            [usual] = [policy for policy in management.policies(self.vhost) if policy["name"] == "orders"]
+
+            def put(definition: dict[str, Any]) -> None:
+                how = {"pattern": usual["pattern"], "apply_to": usual["apply-to"]}
+                management.put_policy(self.vhost, "orders", definition=definition, **how)
+
+            # What the broker does not know, it refuses.
+            known = {key.replace("_", "-"): value for key, value in changes.items()}
+            put(usual["definition"] | {key: value for key, value in known.items() if key in usual["definition"]})
+            try:
+                yield
+            finally:
+                put(usual["definition"])
 
     def consumers(self, queue: str = "orders") -> int:
         """How many workers take messages from a queue."""

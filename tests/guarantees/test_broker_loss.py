@@ -133,10 +133,12 @@ def test_consumer_timeout(own_rabbitmq: RabbitMQ, orders: Fragile, gateway: Gate
     orders.stop_role("worker")
     set_consumer_timeout(own_rabbitmq, "1000", tick_ms=300)
     try:
-        orders.start("worker")
-        task_id = orders.send("orders.loss.last")
-        orders.started(task_id)
-        eventually(orders.waits_for_a_lock, explain=orders.end_of_log)
+        # Where there is a policy for it, that overrules the broker's own.
+        with orders.policy(consumer_timeout=1000):
+            orders.start("worker")
+            task_id = orders.send("orders.loss.last")
+            orders.started(task_id)
+            eventually(orders.waits_for_a_lock, explain=orders.end_of_log)
     finally:
         set_consumer_timeout(own_rabbitmq, limit_ms, tick_ms=60_000)
     orders.release(task_id)

@@ -88,11 +88,7 @@ def test_an_unroutable_publish(orders: Fragile, ledger: Gateway) -> None:
 
 def test_a_full_queue(orders: Fragile, ledger: Gateway, idle_worker: None) -> None:
     """The broker refuses what does not fit, and the outbox keeps it until there is room."""
-    topology = worker_topology("orders", ["orders.order.placed"])
-    [policy] = [policy for policy in topology.policies if policy.name == "orders"]
-    with Management(orders.management_url) as management:
-        narrow = {**policy.definition, "max-length": 1}
-        management.put_policy(orders.vhost, "orders", pattern=policy.pattern, definition=narrow, apply_to="queues")
+    with orders.policy(max_length=1):
         tasks = [orders.write("orders.loss.whole")]
         eventually(lambda: orders.messages() >= 1)
         tasks += [orders.write("orders.loss.whole") for _ in range(5)]
@@ -101,7 +97,6 @@ def test_a_full_queue(orders: Fragile, ledger: Gateway, idle_worker: None) -> No
         refused = eventually(lambda: orders.rows("select last_error from outbox where failures > 0"))
         assert "a queue is full" in refused[0][0]
 
-        declare(topology, amqp_url=orders.amqp_url, management=management)
     orders.start("worker")
     assert {ledger.outcome(task_id)["state"] for task_id in tasks} == {"succeeded"}
     assert all(orders.one_effect(task_id) and orders.starts(task_id) == 1 for task_id in tasks)
