@@ -60,7 +60,7 @@ def make() -> Path:
     return root
 
 
-_GIVEN = "Set TASKMESH_TEST_AMQP_URL and TASKMESH_TEST_MANAGEMENT_URL to a running server instead."
+_GIVEN = "A running server can be named instead: see docs/rabbitmq.md."
 
 
 def _fill(root: Path) -> None:
