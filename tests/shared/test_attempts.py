@@ -69,6 +69,39 @@ def test_a_start_that_a_stopping_worker_ends_is_not_counted(orders: Orders) -> N
     assert orders.notes(task_id) == ["start", "start", "done"]
 
 
+def test_a_start_that_a_stopping_worker_ends_is_not_counted_by_the_worker_that_waits(orders: Orders) -> None:
+    """The start is taken back before the message: another worker takes that in the same moment."""
+    task_id = orders.send("orders.attempts.once", seconds=60)
+    eventually(lambda: starts(orders, task_id))
+    stopping = orders.processes["worker"]
+    orders.start("worker")
+    stopping.send_signal(signal.SIGTERM)
+
+    assert stopping.wait(timeout=20) is not None
+    assert orders.wait(task_id) == "succeeded"
+    assert orders.notes(task_id) == ["start", "start", "done"]
+
+
+def test_a_thread_that_works_inside_its_transaction_does_not_keep_a_worker_from_stopping(orders: Orders) -> None:
+    """Nor is its start counted, though it holds the row in which that is written."""
+    orders.processes["worker"].terminate()
+    orders.processes["worker"].wait(timeout=20)
+    orders.environment["TASKMESH_WORKER_POOL"] = "threads"
+    try:
+        orders.start("worker")
+        task_id = orders.send("orders.attempts.once", seconds=60)
+        eventually(lambda: starts(orders, task_id))
+        orders.processes["worker"].send_signal(signal.SIGTERM)
+        assert orders.processes["worker"].wait(timeout=20) == 0
+        assert orders.rows("select starts, started_at from inbox where task_id = %s", task_id) == [(0, None)]
+    finally:
+        del orders.environment["TASKMESH_WORKER_POOL"]
+        orders.processes["worker"].kill()
+        orders.start("worker")
+
+    assert orders.wait(task_id) == "succeeded"
+
+
 def test_a_worker_that_stops_lets_a_short_task_end(orders: Orders) -> None:
     """And is gone as soon as it has ended, not when its time is up."""
     task_id = orders.send("orders.attempts.once", seconds=0.5)

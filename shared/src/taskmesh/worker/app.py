@@ -14,7 +14,7 @@ from kombu.entity import Exchange, Queue
 from kombu.serialization import dumps
 from pydantic import TypeAdapter
 from pydantic.errors import PydanticUserError
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, text
 
 from taskmesh import celery_protocol, exchanges, telemetry
 from taskmesh.celery_protocol import REDACTED
@@ -33,6 +33,11 @@ from taskmesh.worker.unit import TaskSession
 ProcessStart = Callable[[Any], None]
 TaskDecorator = Callable[[Callable[..., Any]], MeshTask]
 StartHook = TypeVar("StartHook", bound=ProcessStart)
+
+# Each process has a name of its own for its connections.
+CUT = text(
+    "select pg_terminate_backend(pid) from pg_stat_activity where application_name = :name and pid <> pg_backend_pid()"
+)
 
 
 class OutboxProducer:
@@ -123,6 +128,7 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
         self.release = release or telemetry.release()
         self._settings: WorkerSettings | None = None
         self._engine: Engine | None = None
+        self._connections = ""
         self._start_hooks: list[ProcessStart] = []
 
     # Declaring
@@ -212,6 +218,12 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
         if self._engine is not None:
             self._engine.dispose()
 
+    def cut_connections(self) -> None:
+        """Have the database undo what this process is in the middle of; for one that ends while its threads work."""
+        with self.autocommit() as connection:
+            connection.execute(CUT, {"name": self._connections})
+        self.dispose_connections()
+
     def _engine_of_process(self) -> Engine:
         if self._engine is None:
             settings = self.settings
@@ -219,7 +231,13 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
             # In transaction mode "last" a task holds its lock, and beside it what it uses for its steps.
             kept = 2 if any(task.transaction_mode == "last" for task in self.mesh_tasks()) else 1
             # It may hold its last transaction and a short one of `self.transaction()`.
-            self._engine = sync_engine(settings.database_url, pool_size=kept * threads, max_overflow=threads)
+            self._connections = f"taskmesh-{uuid4().hex[:12]}"
+            self._engine = sync_engine(
+                settings.database_url,
+                pool_size=kept * threads,
+                max_overflow=threads,
+                connect_args={"application_name": self._connections},
+            )
         return self._engine
 
     # Announcing

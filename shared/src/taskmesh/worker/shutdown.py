@@ -12,11 +12,14 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from celery.apps.worker import on_cold_shutdown
+from celery.signals import worker_process_init
 from celery.worker import state
+from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from taskmesh import inbox
@@ -31,6 +34,9 @@ LOOK_SECONDS = 0.05
 
 # A loop that has not answered for so long is not turning: it waits for a broker that is away, or does not answer.
 RING_SECONDS = 2.0
+
+# A row that is held for longer belongs to a transaction that outlives its process: a query that cannot be cancelled.
+LOCK_TIMEOUT = text("set local lock_timeout = '2s'")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
@@ -62,27 +68,38 @@ class Shutdown:
                 signal.signal(number, self._on_signal)
             signal.signal(signal.SIGALRM, self._on_silence)
 
+        # Celery's pool resets the others in its processes: there an alarm is a task's own.
+        worker_process_init.connect(lambda **_: signal.signal(signal.SIGALRM, signal.SIG_DFL), weak=False)
         self._worker.install_platform_tweaks = install_ours
 
     def give_back(self, running: list[tuple[UUID, str]]) -> None:
-        """Have the starts of these tasks, and `host:pid` of their process, not counted; the process ends next."""
-        self._ended = running
+        """Have the starts of these tasks, and `host:pid` of this process, not counted; the process ends next."""
+        self._note(running)
         if running:
-            logger.warning("tasks given back: they have not ended in time", extra={"tasks": len(running)})
+            # They hold the rows in which that is written, and cannot be made to let go of them.
+            with suppress(SQLAlchemyError):
+                self._app.cut_connections()
         self.take_back_starts()
 
     def take_back_starts(self) -> None:
         """Have the starts that this shutdown has ended not counted; called when their processes are gone."""
-        if not self._ended:
+        ended, self._ended = self._ended, []
+        if not ended:
             return
         try:
             with self._app.sessions() as session:
-                inbox.take_back_starts(session, self._ended)
+                session.execute(LOCK_TIMEOUT)
+                inbox.take_back_starts(session, ended)
                 session.may_commit = True
                 session.commit()
         except SQLAlchemyError:
             # They then count as lost: each of these tasks has one attempt less.
-            logger.warning("starts could not be taken back", extra={"tasks": len(self._ended)})
+            logger.warning("starts could not be taken back", extra={"tasks": len(ended)})
+
+    def _note(self, running: list[tuple[UUID, str]]) -> None:
+        self._ended = running
+        if running:
+            logger.warning("tasks given back: they have not ended in time", extra={"tasks": len(running)})
 
     def _on_signal(self, *_: object) -> None:
         if self._rung:
@@ -135,14 +152,14 @@ class Shutdown:
 
     def _stop_at_once(self) -> None:
         """Kill what still runs; its messages go back, and its starts are not counted."""
-        self._ended = self._running()
-        if self._ended:
-            logger.warning("tasks given back: they have not ended in time", extra={"tasks": len(self._ended)})
+        self._note(self._running())
         # Its own wait is over before it begins.
         self._app.conf.worker_soft_shutdown_timeout = 0
         try:
             if getattr(self._worker, "consumer", None) is not None:
                 on_cold_shutdown(self._worker)
+                # The messages go back when the connection is closed, and another worker takes them in that moment.
+                self.take_back_starts()
         finally:
             state.should_terminate = True
 
