@@ -153,6 +153,8 @@ def call(self: MeshTask, way: str) -> str:  # noqa: C901 - a branch for each way
             add.apply_async((1, 2), link=add.s(4))
         case "replace":
             self.replace(add.s(x=20, y=1))
+        case "replace by a chain":
+            self.replace(chain(add.s(1, 2), add.s(3)))
         case "direct":
             add(10, 5)
         case "expires":
@@ -241,6 +243,14 @@ def break_down(*_: Any) -> None:
 def hooked(self: MeshTask) -> None:
     """Fails, and so does its hook."""
     raise PermanentError("no")
+
+
+@app.task(name="orders.api.hooked_hang", bind=True, time_limit=1, soft_time_limit=None, on_failure=break_down)
+def hooked_hang(self: MeshTask) -> None:
+    """Hangs in its first run, and has a hook that fails."""
+    if not (self.request.headers or {}).get("x-delivery-count"):
+        time.sleep(60)
+    record(self, "done")
 
 
 @app.task(name="orders.steps.hang", bind=True, transaction="last", soft_time_limit=1, time_limit=20, max_retries=1)

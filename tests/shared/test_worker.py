@@ -145,6 +145,15 @@ def test_replace_goes_on_under_the_same_id(orders: Orders) -> None:
     assert orders.notes(task_id) == ["replace", "21"]
 
 
+def test_a_task_that_cannot_be_replaced_by_a_chain_says_so(orders: Orders) -> None:
+    """Its id would end with the first link, and the last one be taken for a delivery that comes too late."""
+    task_id = orders.send("orders.api.call", way="replace by a chain")
+
+    assert orders.wait(task_id) == "failed"
+    assert failure_of(orders, task_id).exception == "builtins.NotImplementedError"
+    assert orders.followers(task_id) == []
+
+
 def test_a_direct_call_joins_the_running_transaction(orders: Orders) -> None:
     """Called like a function, a task is a function."""
     task_id = orders.send("orders.api.call", way="direct")
@@ -486,6 +495,16 @@ def test_a_hook_that_fails_costs_no_delivery(orders: Orders) -> None:
     eventually(lambda: "hook failed" in log.read_text()[before:])
     assert orders.wait(orders.send("orders.order.place", name="last")) == "succeeded"
     assert "attempt could not be settled" not in log.read_text()[before:]
+
+
+def test_a_hook_is_not_told_of_a_run_that_a_time_limit_ended(orders: Orders) -> None:
+    """The run is repeated: it is no failure yet."""
+    log = orders.health / "worker.log"
+    before = len(log.read_text())
+    task_id = orders.send("orders.api.hooked_hang")
+
+    assert orders.wait(task_id) == "succeeded"
+    assert "a hook with a mistake" not in log.read_text()[before:]
 
 
 @pytest.mark.parametrize("pool", ["threads", "solo"])

@@ -83,9 +83,17 @@ class MeshRequest(Request):  # type: ignore[misc]  # Celery has no types
 
     def on_timeout(self, soft: bool, timeout: float) -> None:  # noqa: FBT001 - Celery's signature
         """A time limit was reached; after the hard one the process is killed."""
-        if not soft:
-            self._lost(f"Worker killed: the hard time limit of {timeout} s was exceeded")
-        super().on_timeout(soft, timeout)
+        if soft:
+            super().on_timeout(soft, timeout)
+            return
+        # Celery would call the task's own hook, here in the main process: the run will be repeated, and may succeed.
+        self._lost(f"Worker killed: the hard time limit of {timeout} s was exceeded")
+        worker_state.task_ready(self)
+        logger.warning(
+            "running task killed: it has exceeded its hard time limit",
+            extra={"task_id": self.id, "type": self.name, "limit_seconds": timeout},
+        )
+        self.reject(requeue=True)
 
     def acknowledge(self) -> None:
         """The task is settled."""

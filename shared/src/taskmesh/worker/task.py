@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from uuid import UUID, uuid4
 
 from celery import Task
-from celery.exceptions import Reject, SoftTimeLimitExceeded
+from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
@@ -177,6 +177,22 @@ class MeshTask(Task):  # type: ignore[misc]  # Celery has no types
         if contract is not None:
             args, kwargs = (), self._validated(contract, args, kwargs)
         return super().apply_async(args, kwargs, **options)
+
+    def on_replace(self, sig: Any) -> Any:
+        """Celery's end of `replace`.
+
+        Raises:
+            Ignore: The replacement leaves when the attempt commits.
+            NotImplementedError: No single task carries this task's id on. A chain would give it to its last link, which
+                may never come to run.
+        """
+        try:
+            return super().on_replace(sig)
+        except Ignore:
+            unit = units.current()
+            if unit is not None and not any(message.task_id == unit.key.task_id for message in unit.messages):
+                raise NotImplementedError(f"{self.name}: a task is replaced by one task, not by a chain") from None
+            raise
 
     @staticmethod
     def _validated(contract: type[Contract], args: Any, kwargs: Any) -> dict[str, Any]:
