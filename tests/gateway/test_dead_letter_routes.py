@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import zlib
 from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
@@ -13,7 +14,7 @@ import pytest
 import pytest_asyncio
 from sqlalchemy import func, select
 
-from gateway.dead_letters import store
+from gateway.dead_letters import replaying, store
 from gateway.models import dead_letters, tasks
 from gateway.projector import Projector
 from gateway.scopes import Scope
@@ -388,3 +389,49 @@ async def test_resolved_letters_are_forgotten_after_their_time_and_open_ones_kep
 
     assert forgotten == 1
     assert third not in [letter["id"] for letter in (await api.http.get(URL)).json()["items"]]
+
+
+async def test_a_payload_without_bottom_spoils_no_bulk_replay(api, projector):
+    bottomless = b'[[],{"name":"Ada","nested":' + b'{"again":' * 300 + b"{}" + b"}" * 300 + b"},{}]"
+    await projector.handle([dead(greeting()), dead(greeting(), body=bottomless)])
+
+    response = await api.http.post(f"{URL}:replay", json={"filter": {}})
+
+    assert response.status_code == 200, response.text
+    view = response.json()
+    assert (view["replayed"], view["refused"], [each["code"] for each in view["reasons"]]) == (1, 1, ["unreadable"])
+
+
+async def test_a_rate_that_ends_after_the_calendar_is_refused_before_anything_is_done(api, projector):
+    await projector.handle([dead(greeting()), dead(greeting())])
+
+    response = await api.http.post(f"{URL}:replay", json={"filter": {}, "rate_per_second": 1e-13})
+
+    assert (response.status_code, response.json()["errors"][0]["pointer"]) == (422, "/rate_per_second")
+
+
+async def test_large_letters_are_replayed_in_parts_that_fit_into_memory(api, projector, monkeypatch):
+    monkeypatch.setattr(replaying, "BYTES_AT_ONCE", 20_000)
+    read: list[int] = []
+    plan_all = replaying._plan_all
+
+    def counted(rows, *arguments):
+        read.append(sum(len(row.body) for row in rows))
+        return plan_all(rows, *arguments)
+
+    monkeypatch.setattr(replaying, "_plan_all", counted)
+    padding = b" " * 9_000
+    letters = [greeting() for _ in range(5)]
+    bodies = [celery_protocol.encode(letter)[2] + padding for letter in letters]
+    await projector.handle([dead(letter, body=body) for letter, body in zip(letters, bodies, strict=True)])
+
+    view = (await api.http.post(f"{URL}:replay", json={"filter": {}})).json()
+
+    assert (view["replayed"], len(read), max(read) <= 20_000) == (5, 3, True)
+
+
+async def test_a_body_that_unpacks_to_a_thousand_times_its_size_is_not_unpacked(api, projector):
+    bomb = zlib.compress(b'[[],{"name":"' + b"a" * 50_000_000 + b'"},{}]')
+    await projector.handle([dead(greeting(), body=bomb, headers={"compression": "application/x-gzip"})])
+
+    assert (await letter_of(api))["error"] == "body is too large, or cut off"

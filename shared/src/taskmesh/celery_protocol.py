@@ -201,7 +201,13 @@ def _outbox(
     )
 
 
-def decode(headers: Mapping[str, Any] | None, properties: Mapping[str, Any], body: bytes) -> TaskMessage:
+def decode(
+    headers: Mapping[str, Any] | None,
+    properties: Mapping[str, Any],
+    body: bytes,
+    *,
+    max_decompressed_bytes: int = MAX_DECOMPRESSED,
+) -> TaskMessage:
     """Read a message, or say what is wrong with it.
 
     Raises:
@@ -212,7 +218,9 @@ def decode(headers: Mapping[str, Any] | None, properties: Mapping[str, Any], bod
         raise MalformedMessage("content_type must be application/json")
     compression = headers.get("compression") if headers else None
     try:
-        content = json.loads(_text_of(_plain_body(body, compression), properties.get("content_encoding")))
+        content = json.loads(
+            _text_of(_plain_body(body, compression, max_decompressed_bytes), properties.get("content_encoding"))
+        )
     except UnicodeDecodeError as error:
         raise MalformedMessage("body is not UTF-8") from error
     except ValueError as error:
@@ -271,14 +279,14 @@ def read(headers: Mapping[str, Any] | None, content: Any, *, priority: int | Non
     return task
 
 
-def _plain_body(body: bytes, compression: Any) -> bytes:
+def _plain_body(body: bytes, compression: Any, max_bytes: int) -> bytes:
     if not compression:
         return body
     if compression not in ZLIB:
         raise MalformedMessage("compression must be gzip")
     decompressor = zlib.decompressobj()
     try:
-        plain = decompressor.decompress(body, MAX_DECOMPRESSED)
+        plain = decompressor.decompress(body, max_bytes)
     except zlib.error as error:
         raise MalformedMessage("body is not compressed as its header says") from error
     if not decompressor.eof:

@@ -25,6 +25,9 @@ CONTROL_SUFFIX: Final = ".control"
 COUNTS: Final = frozenset({"x-delivery-count", "x-acquired-count"})
 """Headers that differ between two deliveries of one message."""
 
+MAX_DECOMPRESSED: Final = 4 * 1024 * 1024
+"""Of a body: many letters are read together, and 64 KiB may unpack to a thousand times as much."""
+
 VARYING: Final = re.compile(r"""'[^']*'|"[^"]*"|\b[0-9a-f]{8}-?[0-9a-f-]{8,}\b|\d+""", re.IGNORECASE)
 
 
@@ -213,7 +216,9 @@ def _identify(delivery: Delivery, queue: str) -> tuple[TaskMessage | None, UUID 
     if queue == LIFECYCLE_QUEUE or queue.endswith(CONTROL_SUFFIX):
         return None, None, None
     try:
-        task = celery_protocol.decode(delivery.headers, delivery.properties, delivery.body)
+        task = celery_protocol.decode(
+            delivery.headers, delivery.properties, delivery.body, max_decompressed_bytes=MAX_DECOMPRESSED
+        )
     except MalformedMessage as error:
         return None, _task_id(delivery.headers, delivery.headers.get("id"), queue), str(error)
     return task, _task_id(delivery.headers, task.id, queue), None

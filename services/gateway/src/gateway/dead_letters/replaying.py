@@ -33,7 +33,8 @@ from taskmesh.outbox import OutboxMessage, insert_messages
 from taskmesh.topology import LIFECYCLE_QUEUE
 
 LETTERS_AT_ONCE: Final = 200
-"""Bodies are in memory together."""
+BYTES_AT_ONCE: Final = 8 * 1024 * 1024
+"""Of bodies that are in memory together."""
 MAX_BODY_BYTES: Final = 1024 * 1024
 BROKERS_OWN: Final = "x-"
 """Headers with this prefix tell of the message's past; a queue would take them for its own bookkeeping."""
@@ -120,8 +121,8 @@ async def replay(connection: AsyncConnection, letter_ids: Sequence[int], announc
     outcome = Outcome()
     await _lock_tasks(connection, letter_ids)
     done: set[UUID] = set()
-    for start in range(0, len(letter_ids), LETTERS_AT_ONCE):
-        rows = await _read(connection, letter_ids[start : start + LETTERS_AT_ONCE], lock=not order.dry_run)
+    for some in await _portions(connection, letter_ids):
+        rows = await _read(connection, some, lock=not order.dry_run)
         plans = await asyncio.to_thread(_plan_all, rows, announced, order, len(outcome.replayed), done)
         replays = [plan for plan in plans if isinstance(plan, Replay)]
         outcome.refused += [plan for plan in plans if isinstance(plan, Refusal)]
@@ -144,6 +145,23 @@ async def _lock_tasks(connection: AsyncConnection, letter_ids: Sequence[int]) ->
     wanted = {task_id for row in rows for task_id in (row.id, row.root_id)}
     if wanted:
         await ledger.lock(connection, wanted)
+
+
+async def _portions(connection: AsyncConnection, letter_ids: Sequence[int]) -> list[list[int]]:
+    """The letters in their order, in parts whose bodies have their place in memory."""
+    size = func.octet_length(dead_letters.c.body)
+    statement = select(dead_letters.c.id, size).where(dead_letters.c.id == func.any(list(letter_ids)))
+    portions: list[list[int]] = []
+    room = 0
+    for letter_id, weight in await connection.execute(statement.order_by(dead_letters.c.id)):
+        # A larger body is not read.
+        taken = weight if weight <= MAX_BODY_BYTES else 0
+        if not portions or taken > room or len(portions[-1]) == LETTERS_AT_ONCE:
+            portions.append([])
+            room = BYTES_AT_ONCE
+        portions[-1].append(letter_id)
+        room -= taken
+    return portions
 
 
 async def _read(connection: AsyncConnection, letter_ids: Sequence[int], *, lock: bool) -> Sequence[Row[Any]]:
@@ -193,6 +211,9 @@ def _plan_all(
         except _Unfit as unfit:
             plans.append(Refusal(letter_id=row.id, code=unfit.code, detail=unfit.detail, errors=unfit.errors))
             continue
+        except RecursionError:
+            plans.append(Refusal(letter_id=row.id, code="unreadable", detail="its payload is nested too deeply"))
+            continue
         place += 1
         if row.task_id is not None:
             done.add(row.task_id)
@@ -218,7 +239,9 @@ def _plan(row: Row[Any], announced: Snapshot, order: Order, due_at: datetime | N
 
 def _message(row: Row[Any]) -> TaskMessage | None:
     try:
-        return celery_protocol.decode(row.headers, row.properties, bytes(row.body))
+        return celery_protocol.decode(
+            row.headers, row.properties, bytes(row.body), max_decompressed_bytes=MAX_BODY_BYTES
+        )
     except MalformedMessage:
         return None
 

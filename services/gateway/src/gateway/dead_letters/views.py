@@ -213,7 +213,7 @@ class BulkReplayRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     filter: LetterFilter
-    rate_per_second: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)] | None = None
+    rate_per_second: Annotated[float, Field(ge=0.0001, le=10_000, allow_inf_nan=False)] | None = None
     """Tasks become due one after the other at this rate; without it, all at once."""
     dry_run: bool = False
     """Only say what would be done."""
