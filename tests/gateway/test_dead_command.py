@@ -193,3 +193,16 @@ async def test_many_are_discarded_with_a_note(taskmesh, projector):
 )
 async def test_a_choice_that_is_none_or_two_is_refused(taskmesh, words):
     assert (await taskmesh(*words))[0] == 2
+
+
+@pytest.mark.parametrize("command", [["list"], ["groups"], ["show"]])
+async def test_what_a_stranger_has_written_cannot_command_the_terminal(taskmesh, mesh, projector, command):
+    evil = "\x1b]0;owned\x07\x1b[31m\x9b2J"
+    await projector.handle([dead(headers={"task": f"greeter.{evil}.greet"}, body=f"no JSON {evil}".encode())])
+    [letter] = [one async for one in mesh.dead_letters.list()]
+    shown = [*command, letter.id] if command == ["show"] else command
+
+    _, out, _ = await taskmesh(*shown)
+
+    assert "greeter.␛]0;owned" in out
+    assert not set(out) & {"\x1b", "\x07", "\x9b"}

@@ -10,8 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.json import JSON
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -29,10 +30,28 @@ STATE_STYLES = {
 }
 # A pipe has no width: nothing is cut off there.
 PIPE_WIDTH = 1000
+# What a terminal would obey, as signs that show it: names, errors and bodies are written by strangers.
+VISIBLE = {
+    **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"},
+    0x7F: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
+
+
+class _Harmless:
+    """Content without the control characters that it holds."""
+
+    def __init__(self, content: RenderableType) -> None:
+        self._content = content
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self._content, options):
+            yield segment if segment.control else Segment(segment.text.translate(VISIBLE), segment.style)
 
 
 def show(content: RenderableType, *, wrap: bool = True) -> None:
     """Print to standard output; into a pipe without colour, cutting or padding."""
+    content = _Harmless(content)
     if sys.stdout.isatty():
         Console(highlight=False, markup=False).print(content, soft_wrap=not wrap)
         return
@@ -45,9 +64,9 @@ def show(content: RenderableType, *, wrap: bool = True) -> None:
 def print_error(lines: Sequence[str]) -> None:
     """Errors, on standard error."""
     out = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    out.print(Text("taskmesh: ", style="bold red") + Text(lines[0]))
+    out.print(_Harmless(Text("taskmesh: ", style="bold red") + Text(lines[0])))
     for line in lines[1:]:
-        out.print(Text(line))
+        out.print(_Harmless(Text(line)))
 
 
 def print_json(value: BaseModel | Sequence[BaseModel]) -> None:
