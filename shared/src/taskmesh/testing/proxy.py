@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import socket
 import ssl
+import struct
 from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit, urlunsplit
@@ -67,7 +69,7 @@ class TcpProxy:
         for pump in self._pumps:
             pump.cancel()
         for client in self._clients:
-            client.transport.abort()
+            _reset(client)
         return len(self._clients)
 
     def stall(self) -> None:
@@ -118,7 +120,7 @@ class TcpProxy:
             upstream_reader, upstream_writer = await asyncio.open_connection(self._parts.hostname, self._parts.port)
         except OSError:
             # The server is down, and its client is to learn it at once.
-            writer.transport.abort()
+            _reset(writer)
             return
         pumps = {
             asyncio.create_task(self._pump(reader, upstream_writer, self._requests)),
@@ -139,3 +141,11 @@ class TcpProxy:
                     await asyncio.sleep(self._delay_seconds + len(data) / self._bytes_per_second)
                 writer.write(data)
                 await writer.drain()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """Close a connection as a crashed host would: without the lingering, the kernel says goodbye politely."""
+    connection = writer.get_extra_info("socket")
+    if connection is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
