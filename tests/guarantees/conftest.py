@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import inspect
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -43,26 +41,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 class Fragile(Orders):
     """The orders service, whose tasks wait for a test's word and write down their starts."""
-
-    def spawn(
-        self, role: str, *, script: Path | None = None, start_new_session: bool = False, **variables: str
-    ) -> subprocess.Popen[bytes]:
-        """Start a role, or a program that stands in for it, and do not wait until it is ready."""
-        (self.health / f"orders-{role}.ready").unlink(missing_ok=True)
-        with (self.health / f"{role}.log").open("ab") as log:
-            self.processes[role] = subprocess.Popen(
-                [sys.executable, str(script or self.script), role],
-                env=self.environment | variables,
-                stdout=log,
-                stderr=log,
-                start_new_session=start_new_session,
-            )
-        return self.processes[role]
-
-    def start(self, role: str, *, script: Path | None = None, **variables: str) -> None:
-        """Start a role and wait until it is ready."""
-        self.spawn(role, script=script, **variables)
-        eventually((self.health / f"orders-{role}.ready").exists, explain=self.end_of_log)
 
     def stop_role(self, role: str) -> None:
         """Ask a role to end, and wait until it has."""

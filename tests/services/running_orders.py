@@ -52,14 +52,29 @@ class Orders:
     health: Path
     script: Path = SERVICE
 
-    def start(self, role: str) -> None:
-        """Start a role and wait until it is ready."""
+    def spawn(
+        self, role: str, *, script: Path | None = None, start_new_session: bool = False, **variables: str
+    ) -> subprocess.Popen[bytes]:
+        """Start a role, or a program that stands in for it, and do not wait until it is ready."""
         (self.health / f"orders-{role}.ready").unlink(missing_ok=True)
-        log = (self.health / f"{role}.log").open("ab")
-        self.processes[role] = subprocess.Popen(
-            [sys.executable, str(self.script), role], env=self.environment, stdout=log, stderr=log
-        )
-        eventually((self.health / f"orders-{role}.ready").exists)
+        with (self.health / f"{role}.log").open("ab") as log:
+            self.processes[role] = subprocess.Popen(
+                [sys.executable, str(script or self.script), role],
+                env=self.environment | variables,
+                stdout=log,
+                stderr=log,
+                start_new_session=start_new_session,
+            )
+        return self.processes[role]
+
+    def start(self, role: str, **variables: str) -> None:
+        """Start a role and wait until it is ready."""
+        self.spawn(role, **variables)
+        self.wait_until_ready(role)
+
+    def wait_until_ready(self, role: str) -> None:
+        log = self.health / f"{role}.log"
+        eventually((self.health / f"orders-{role}.ready").exists, explain=lambda: log.read_text()[-2000:])
 
     def stop(self) -> None:
         """End every process, by force where SIGTERM is missed."""
@@ -191,7 +206,9 @@ def orders_service(
         connection.execute("create table checked_at_commit (name int unique deferrable initially deferred)")
     try:
         for role in roles or ("relay", "worker"):
-            service.start(role)
+            service.spawn(role)
+        for role in roles or ("relay", "worker"):
+            service.wait_until_ready(role)
         yield service
     finally:
         service.stop()
