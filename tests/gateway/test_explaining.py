@@ -386,3 +386,14 @@ async def test_explaining_needs_the_right_to_read_tasks(api):
     response = await api.http.get(f"/v1/tasks/{view['id']}:explain", headers={"Authorization": f"Bearer {key}"})
 
     assert response.status_code == 403
+
+
+async def test_a_task_that_was_begun_again_since_its_worker_was_missed_runs(api):
+    view = await submitted(api)
+    await seen(api, view, ago=timedelta(seconds=5), state="running", alive=False, worker="host:7")
+    await happened(api, view, TaskState.RUNNING, attempt=2, worker="host:8")
+
+    answer = await explain(api, view)
+
+    assert answer["reason"] == Reason.RUNNING
+    assert "host:8" in answer["summary"]

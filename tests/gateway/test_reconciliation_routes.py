@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from gateway import audits
 from gateway.audits import Balance
@@ -46,3 +46,13 @@ async def test_an_audit_needs_a_right_of_its_own(api):
     reader = {"Authorization": f"Bearer {await api.new_key(Scope.RECONCILIATION_READ)}"}
     answer = await api.http.post("/v1/reconciliation:run", headers=reader)
     assert answer.status_code == 403
+
+
+async def test_a_grace_that_an_audit_rounds_is_found_all_the_same(api):
+    found = Balance(accepted=0, waiting=0, running=0, finished=0, dead=0, unaccounted=0)
+    grace = 0.1234567
+    said = DETAIL | {"grace_seconds": timedelta(seconds=grace).total_seconds()}
+    async with api.engine.begin() as connection:
+        await audits.store(connection, found, started_at=datetime.now(UTC), redriven=0, detail=said)
+
+        assert await audits.started_after(connection, datetime.min.replace(tzinfo=UTC), grace_seconds=grace) is not None

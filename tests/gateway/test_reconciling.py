@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 import pytest
 from sqlalchemy import delete, select, text, update
 
-from gateway import ledger, observations, sightings, unaccounted
+from gateway import candidates, ledger, observations, sightings, tallies, unaccounted
 from gateway.models import dead_letters, tasks
 from gateway.new_tasks import NewTask
 from gateway.observations import QueueFacts
@@ -486,3 +486,54 @@ async def test_who_was_named_is_forgotten_once_it_has_ended(scene):
     audit = await scene.audit()
 
     assert (await scene.named(), balance(audit)) == ([], (0, 0, 1, 0, 0))
+
+
+async def test_an_audit_of_a_large_ledger_counts_what_came_since_the_last_one(scene, monkeypatch):
+    monkeypatch.setattr(tallies, "RECOUNTED_ALWAYS", 3)
+    old = datetime.now(UTC) - timedelta(hours=3)
+    early = await scene.accept(5, created_at=old)
+    await scene.hear(*(scene_ended(one) for one in early))
+    first = await scene.audit()
+
+    # Old tasks that nobody has told of when all were counted.
+    await scene.hear(*(scene_ended(one) for one in await scene.accept(2, created_at=old)))
+    await scene.hear(*(scene_ended(one) for one in await scene.accept(4)))
+    second = await scene.audit()
+    monkeypatch.setattr(tallies, "RECOUNT_EVERY", timedelta(0))
+    third = await scene.audit()
+
+    assert [audit.accepted for audit in (first, second, third)] == [5, 9, 11]
+    assert [audit.finished for audit in (first, second, third)] == [5, 9, 11]
+
+
+def scene_ended(task_id: UUID) -> LifecycleEvent:
+    return LifecycleEvent(
+        task_id=task_id, type=TYPE, state=TaskState.SUCCEEDED, at=datetime.now(UTC), service="greeter", attempt=1
+    )
+
+
+async def test_candidates_are_examined_without_reading_every_dead_letter(gateway_engine):
+    """With many running tasks, one hash of all open letters would seem cheaper to the planner than asking for each."""
+    async with gateway_engine.begin() as connection:
+        await connection.execute(
+            text(
+                "insert into tasks (id, type, state, service, root_id, created_at, updated_at)"
+                " select id, 't', 'running', 'greeter', id, now(), now() - interval '1 h'"
+                " from (select gen_random_uuid() as id from generate_series(1, 20000)) as made"
+            )
+        )
+        await connection.execute(
+            text(
+                "insert into dead_letters (fingerprint, task_id, reason, queue, exchange, routing_key, headers,"
+                " properties, body) select decode(md5(n::text), 'hex'), gen_random_uuid(), 'rejected', 'greeter', '',"
+                " '', '{}', '{}', '' from generate_series(1, 20000) as n"
+            )
+        )
+        await connection.execute(text("analyze"))
+        now = datetime.now(UTC)
+        parameters = {"state": "running", "heard_before": now, "limit": candidates.PAGE}
+        plan = await connection.execute(text("explain " + candidates._FIRST_PAGE.text), parameters)
+        lines = "\n".join(plan.scalars())
+
+    assert "Seq Scan on dead_letters" not in lines, lines
+    assert "hashed SubPlan" not in lines, lines

@@ -14,6 +14,7 @@ from sqlalchemy import Row, delete, func, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.models import AUDITS_CHANNEL, audits
+from gateway.tallies import Tally
 
 KEPT_FOR: Final = timedelta(days=7)
 
@@ -36,7 +37,7 @@ class Balance:
     unaccounted: int
 
 
-# Succeeded tasks are in no partial index, and so the one number that grows for ever is a count over the smallest index.
+# Succeeded tasks are in no partial index: the one number that grows for ever is remembered, and added to.
 _BALANCE = text(
     """
     with dead as (
@@ -48,7 +49,7 @@ _BALANCE = text(
         where tasks.state in ('scheduled', 'queued', 'running', 'retrying')
           and not exists (select from dead where dead.id = tasks.id)
     )
-    select (select count(*) from tasks) as accepted,
+    select (select count(*) from tasks where created_at > :until) as latest,
            (select count(*) from dead join tasks using (id)) as dead,
            count(*) filter (where is_named) as unaccounted,
            count(*) filter (where not is_named and state = 'running') as running,
@@ -58,20 +59,24 @@ _BALANCE = text(
 )
 
 
-async def balance(connection: AsyncConnection, *, unnamed: int) -> Balance:
+async def balance(connection: AsyncConnection, tally: Tally, *, unnamed: int) -> Balance:
     """Count all tasks at one moment.
 
     Args:
+        tally: Of the tasks that need not be counted again.
         unnamed: How many more are missing from queues that are not empty; nobody can tell which.
     """
-    row = (await connection.execute(_BALANCE)).one()
+    row = (await connection.execute(_BALANCE, {"until": tally.until})).one()
     waiting = max(row.waiting - unnamed, 0)
     unaccounted = row.unaccounted + row.waiting - waiting
+    unfinished = row.dead + waiting + row.running + unaccounted
+    # One that came late to the tally may be among the unfinished.
+    finished = max(tally.count + row.latest - unfinished, 0)
     return Balance(
-        accepted=row.accepted,
+        accepted=finished + unfinished,
         waiting=waiting,
         running=row.running,
-        finished=row.accepted - row.dead - waiting - row.running - unaccounted,
+        finished=finished,
         dead=row.dead,
         unaccounted=unaccounted,
     )
@@ -103,7 +108,8 @@ async def started_after(
     """
     statement = select(audits).where(audits.c.started_at > moment).order_by(audits.c.id).limit(1)
     if grace_seconds is not None:
-        statement = statement.where(audits.c.detail["grace_seconds"].as_float() <= grace_seconds)
+        # Audits know microseconds, and round to them.
+        statement = statement.where(audits.c.detail["grace_seconds"].as_float() < grace_seconds + 1e-6)
     return (await connection.execute(statement)).one_or_none()
 
 

@@ -120,24 +120,31 @@ def _candidate(row: RowMapping) -> Candidate:
     return Candidate(**{**row, "kind": TaskKind(row["kind"]), "state": TaskState(row["state"])})
 
 
-_COLUMNS: Final = """
-    select tasks.id, tasks.type, tasks.kind, tasks.service, tasks.state, tasks.sequence, tasks.created_at,
-           tasks.updated_at, tasks.root_id, tasks.parent_id, tasks.event_id, parents.service as parent_service,
-           exists (select from outbox where outbox.task_id = tasks.id) as in_outbox,
-           exists (select from dead_letters where dead_letters.task_id = tasks.id and state = 'open') as is_dead
-    from tasks left join tasks as parents on parents.id = tasks.parent_id
+_CHOSEN: Final = """
+    with chosen as materialized (
+        select id, type, kind, service, state, sequence, created_at, updated_at, root_id, parent_id, event_id
+        from tasks
+"""
+
+# Not `exists`, which the planner may turn into one reading of all messages and letters.
+_EXAMINE: Final = """
+    )
+    select chosen.*, parents.service as parent_service,
+           (select true from outbox where outbox.task_id = chosen.id limit 1) is not null as in_outbox,
+           (select true from dead_letters where dead_letters.task_id = chosen.id and state = 'open' limit 1) is not null
+               as is_dead
+    from chosen left join tasks as parents on parents.id = chosen.parent_id
+    order by chosen.created_at, chosen.id
 """
 
 # The planner must see that the partial index `tasks_state` covers it, whatever the parameter is.
-_OF_STATE: Final = """
-    where tasks.state <> 'succeeded' and tasks.state = :state and tasks.updated_at <= :heard_before
-"""
+_OF_STATE: Final = " where state <> 'succeeded' and state = :state and updated_at <= :heard_before"
 
-_ORDER: Final = " order by tasks.created_at, tasks.id limit :limit"
+_ORDER: Final = " order by created_at, id limit :limit"
 
-_FIRST_PAGE = text(_COLUMNS + _OF_STATE + _ORDER)
-_NEXT_PAGE = text(_COLUMNS + _OF_STATE + "and (tasks.created_at, tasks.id) > (:created_at, :id)" + _ORDER)
+_FIRST_PAGE = text(_CHOSEN + _OF_STATE + _ORDER + _EXAMINE)
+_NEXT_PAGE = text(_CHOSEN + _OF_STATE + " and (created_at, id) > (:created_at, :id)" + _ORDER + _EXAMINE)
 
 _OF_TASKS = text(
-    _COLUMNS + "where tasks.id = any(:ids) and tasks.state in ('scheduled', 'queued', 'running', 'retrying')"
+    _CHOSEN + " where id = any(:ids) and state in ('scheduled', 'queued', 'running', 'retrying')" + _EXAMINE
 )

@@ -205,6 +205,9 @@ def abandoned(seen: Evidence) -> Finding | None:
     sighting = seen.sighting
     if sighting is None or sighting.alive is not False or not seen.is_fresh(sighting.seen_at):
         return None
+    if seen.task.updated_at > sighting.seen_at:
+        # It was begun again since.
+        return None
     return Finding(
         reason=Reason.WORKER_LOST,
         summary=f"The process that ran it ({sighting.worker}) is gone; {seen.task.service} has not begun it again.",

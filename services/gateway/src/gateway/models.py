@@ -191,6 +191,8 @@ dead_letters = Table(
     Index("dead_letters_received", "received_at", "id"),
     Index("dead_letters_task", "task_id"),
     Index("dead_letters_open", "error_fingerprint", "received_at", "id", postgresql_where=text("state = 'open'")),
+    # Which tasks have one: audits ask that, and read no letter for it.
+    Index("dead_letters_open_task", "task_id", postgresql_where=text("state = 'open'")),
     Index("dead_letters_resolved", "resolved_at", postgresql_where=text("state <> 'open'")),
 )
 

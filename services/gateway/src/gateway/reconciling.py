@@ -18,12 +18,24 @@ from uuid import UUID
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from gateway import audits, candidates, inquiries, ledger, observations, redriving, schedules, sightings, unaccounted
+from gateway import (
+    audits,
+    candidates,
+    inquiries,
+    ledger,
+    observations,
+    redriving,
+    schedules,
+    sightings,
+    tallies,
+    unaccounted,
+)
 from gateway.candidates import BEGINNING, Candidate, Cursor
 from gateway.inquiries import Question, Questions
 from gateway.observations import BrokerFacts, QueueFacts
 from gateway.progress import OUTCOME_LOST
 from gateway.sightings import Seen
+from gateway.tallies import Tally
 from gateway.transactions import transaction
 from gateway.unaccounted import Record
 from gateway.verdicts import FIGURES_LAG, Evidence, judge
@@ -192,9 +204,12 @@ class Reconciler:
         previous: Row[Any] | None,
         redriven: Collection[UUID],
     ) -> Row[Any]:
+        known = previous.detail.get("tally") if previous is not None else None
+        tally = await tallies.bring_forward(self._engine, Tally.from_json(known) if known else None, now=started_at)
+        detail = {**detail, "tally": tally.to_json()}
         async with transaction(self._engine) as connection:
             await sightings.forget(connection, started_at - sightings.REMEMBERED_FOR)
-            balance = await audits.balance(connection, unnamed=unnamed)
+            balance = await audits.balance(connection, tally, unnamed=unnamed)
             audit = await audits.store(
                 connection, balance, started_at=started_at, redriven=len(redriven), detail=detail
             )

@@ -31,11 +31,13 @@ def upgrade() -> None:
     op.execute(
         "create index dead_letters_open on dead_letters (error_fingerprint, received_at, id) where state = 'open'"
     )
+    op.execute("create index dead_letters_open_task on dead_letters (task_id) where state = 'open'")
     op.execute("create index dead_letters_resolved on dead_letters (resolved_at) where state <> 'open'")
 
 
 def downgrade() -> None:
     op.execute("drop index dead_letters_resolved")
+    op.execute("drop index dead_letters_open_task")
     op.execute("drop index dead_letters_open")
     op.execute(
         """
