@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
-            item.add_marker(pytest.mark.timeout(300))
+            item.add_marker(pytest.mark.timeout(600))
 
 
 class Fragile(Orders):
@@ -45,7 +45,7 @@ class Fragile(Orders):
     def stop_role(self, role: str) -> None:
         """Ask a role to end, and wait until it has."""
         self.processes[role].terminate()
-        self.processes[role].wait(timeout=30)
+        self.processes[role].wait(timeout=120)
 
     def starts(self, task_id: str) -> int:
         """How often the task's code began to run."""

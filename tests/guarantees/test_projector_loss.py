@@ -19,7 +19,7 @@ def test_a_projector_killed_between_commit_and_ack(orders: Fragile, ledger: Gate
     orders.wait(good)
 
     ledger.spawn("projector", script=DYING)
-    assert ledger.processes["projector"].wait(timeout=30) == -9
+    assert ledger.processes["projector"].wait(timeout=120) == -9
     assert ledger.rows("select 1 from tasks") or ledger.rows("select 1 from dead_letters"), "it died after a commit"
     ledger.start("projector")
 

@@ -30,7 +30,7 @@ def test_a_relay_killed_between_publish_and_delete(orders: Fragile, ledger: Gate
     orders.release(task_id)
 
     orders.spawn("relay", script=DYING)
-    assert orders.processes["relay"].wait(timeout=30) == -9
+    assert orders.processes["relay"].wait(timeout=120) == -9
     assert (orders.messages(), orders.outbox()) == (1, 1)
     orders.start("relay")
     eventually(lambda: (orders.messages(), orders.outbox()) == (2, 0))

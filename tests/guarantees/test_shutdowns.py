@@ -19,7 +19,7 @@ def test_warm_shutdown(orders: Fragile, ledger: Gateway) -> None:
     orders.processes["worker"].send_signal(signal.SIGTERM)
     orders.release(task_id)
 
-    assert orders.processes["worker"].wait(timeout=30) == 0
+    assert orders.processes["worker"].wait(timeout=120) == 0
     assert ledger.outcome(task_id)["state"] == "succeeded"
     assert orders.one_effect(task_id) and orders.starts(task_id) == 1
 
@@ -55,7 +55,7 @@ def test_sigterm_at_worker_start_up(orders: Fragile, ledger: Gateway, moment: st
     }
     eventually(lambda: reached[moment]() or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
-    process.wait(timeout=30)
+    process.wait(timeout=120)
 
     orders.start("worker")
     assert ledger.outcome(task_id)["state"] == "succeeded"

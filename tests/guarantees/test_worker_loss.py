@@ -102,10 +102,10 @@ def test_hung_task_in_a_thread(orders: Fragile, ledger: Gateway) -> None:
     eventually(lambda: "worker ends" in log.read_text()[before:], explain=orders.end_of_log)
     orders.release(neighbour)
 
-    assert orders.processes["worker"].wait(timeout=30) == os.EX_SOFTWARE
+    assert orders.processes["worker"].wait(timeout=120) == os.EX_SOFTWARE
     assert (orders.state(neighbour), orders.starts(neighbour)) == ("succeeded", 1)
     orders.start("worker", TASKMESH_WORKER_POOL="threads")
-    assert orders.processes["worker"].wait(timeout=30) == os.EX_SOFTWARE
+    assert orders.processes["worker"].wait(timeout=120) == os.EX_SOFTWARE
     orders.start("worker")
     outcome = ledger.outcome(hung)
     assert (outcome["state"], outcome["error"]["code"], outcome["attempt"]) == ("failed", "poison", 2)
@@ -118,7 +118,7 @@ def test_hung_task_in_the_worker_itself(orders: Fragile, ledger: Gateway) -> Non
     hung = orders.send("orders.loss.hang")
     for _ in range(2):
         orders.spawn("worker", TASKMESH_WORKER_POOL="solo")
-        assert orders.processes["worker"].wait(timeout=60) == os.EX_SOFTWARE
+        assert orders.processes["worker"].wait(timeout=120) == os.EX_SOFTWARE
     orders.start("worker", TASKMESH_WORKER_POOL="solo")
 
     assert ledger.outcome(hung)["state"] == "failed"

@@ -48,12 +48,12 @@ class Gateway:
 
     def wait_until_ready(self, role: str) -> None:
         log = self.folder / f"gateway-{role}.log"
-        eventually((self.folder / f"gateway-{role}.ready").exists, explain=lambda: log.read_text()[-2000:])
+        eventually((self.folder / f"gateway-{role}.ready").exists, seconds=180, explain=lambda: log.read_text()[-2000:])
 
     def stop_role(self, role: str) -> None:
         """Ask a role to end, and wait until it has."""
         self.processes[role].terminate()
-        self.processes[role].wait(timeout=30)
+        self.processes[role].wait(timeout=120)
 
     def stop(self) -> None:
         """End every process."""

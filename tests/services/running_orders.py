@@ -74,7 +74,7 @@ class Orders:
 
     def wait_until_ready(self, role: str) -> None:
         log = self.health / f"{role}.log"
-        eventually((self.health / f"orders-{role}.ready").exists, explain=lambda: log.read_text()[-2000:])
+        eventually((self.health / f"orders-{role}.ready").exists, seconds=180, explain=lambda: log.read_text()[-2000:])
 
     def stop(self) -> None:
         """End every process, by force where SIGTERM is missed."""
