@@ -248,9 +248,12 @@ async def test_an_expired_row_is_not_published_and_is_reported(engine, broker):
     assert await rows_left(engine) == []
 
 
-async def test_a_delayed_task_is_reported_queued_when_it_leaves(engine, broker):
+@pytest.mark.parametrize("seconds", [0.1, -1.0], ids=["due later", "due before its transaction began"])
+async def test_a_delayed_task_is_reported_queued_when_it_leaves(engine, broker, seconds):
     root, parent = uuid4(), uuid4()
-    delayed = command(due_in=timedelta(seconds=0.1), root_id=root, parent_id=parent, traceparent=TRACEPARENT, retries=1)
+    delayed = command(
+        due_in=timedelta(seconds=seconds), root_id=root, parent_id=parent, traceparent=TRACEPARENT, retries=1
+    )
     at_once = command()
     await put(engine, delayed, at_once)
 

@@ -70,8 +70,8 @@ class OutboxRow:
 
     @property
     def was_delayed(self) -> bool:
-        """True if it was not due when it was written."""
-        return self.due_at > self.created_at
+        """True if it was given a time of its own, also one that had passed before its transaction began."""
+        return self.due_at != self.created_at
 
 
 class RelayHooks(Protocol):
