@@ -344,3 +344,16 @@ async def _drain(amqp_url: str, queue: str) -> list[str]:
             found.append(str(CONTROL.validate_json(body).task_id) if is_control else properties.headers["id"])  # type: ignore[union-attr]
 
     return await asyncio.to_thread(read)
+
+
+async def test_a_key_that_may_only_write_reads_no_payload_by_cancelling_what_has_ended(api):
+    view = await api.submit(payload={"name": "Confidential"})
+    await happened(api, view, TaskState.SUCCEEDED, result={"secret": 1})
+    writer = {"Authorization": f"Bearer {await api.new_key(Scope.TASKS_WRITE)}"}
+
+    answer = await api.http.post(f"/v1/tasks/{view['id']}:cancel", headers=writer)
+    own = await api.http.post(f"/v1/tasks/{view['id']}:cancel")
+
+    assert (answer.status_code, answer.json()["outcome"]) == (200, "already_finished")
+    assert (answer.json()["task"]["payload"], answer.json()["task"]["result"]) == (None, None)
+    assert own.json()["task"]["payload"] == {"name": "Confidential"}

@@ -13,6 +13,7 @@ from sqlalchemy import select
 from gateway import ledger, retries
 from gateway.models import dead_letters, tasks
 from gateway.retries import Origin
+from gateway.scopes import Scope
 from taskmesh import celery_protocol
 from taskmesh.celery_protocol import EVENT_ID_HEADER
 from taskmesh.contracts.lifecycle import LifecycleEvent, TaskFailure, TaskKind, TaskState
@@ -273,3 +274,15 @@ class TestOverHttp:
         assert {answer.status_code for answer in answers} == {202}
         assert len({answer.content for answer in answers}) == 1
         assert sum("idempotent-replayed" in answer.headers for answer in answers) == 9
+
+
+async def test_a_key_that_may_only_write_reads_no_payload_by_trying_again(api):
+    view = await api.submit()
+    await end(api.engine, UUID(view["id"]), TaskState.FAILED)
+    writer = {"Authorization": f"Bearer {await api.new_key(Scope.TASKS_WRITE)}"}
+
+    answer = await api.http.post(f"/v1/tasks/{view['id']}:retry", headers=writer)
+    cancelled = await api.http.post(f"/v1/tasks/{answer.json()['id']}:cancel", headers=writer)
+
+    assert (answer.status_code, answer.json()["retry_of"], answer.json()["payload"]) == (202, view["id"], None)
+    assert (cancelled.status_code, cancelled.json()["task"]["payload"]) == (200, None)

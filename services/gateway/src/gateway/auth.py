@@ -44,6 +44,11 @@ class Client:
     name: str
     scopes: frozenset[str]
 
+    def may_read(self, task: Row[Any]) -> bool:
+        """Whether payload and result of the task are for its eyes: it may read tasks, or has sent this payload."""
+        # Another try has the payload of whoever sent the first.
+        return Scope.TASKS_READ in self.scopes or (task.api_key_id == self.id and task.retry_of is None)
+
 
 @dataclass(frozen=True, slots=True)
 class _Entry:

@@ -143,6 +143,10 @@ class TaskView(BaseModel):
         """The view of a row of the ledger."""
         return cls.model_validate(row)
 
+    def without_contents(self) -> TaskView:
+        """The view for a caller who may not read what the task was given and what it gave."""
+        return self.model_copy(update={"payload": None, "result": None})
+
 
 class TaskPage(BaseModel):
     """One page of tasks, newest first."""

@@ -39,6 +39,7 @@ from gateway.dead_letters.views import (
 from gateway.dependencies import GatewayParts
 from gateway.problems import Problem, declare
 from gateway.schemas import TaskView
+from gateway.scopes import Scope
 from gateway.transactions import transaction
 from taskmesh import telemetry
 from taskmesh.errors import NotFound
@@ -141,6 +142,8 @@ async def replay_dead_letter(
             raise _refusal(outcome, letter)
         task_id = outcome.replayed[letter_id]
         task = None if task_id is None else TaskView.of(await ledger.get_task(connection, task_id))
+    if task is not None and not client.scopes & {Scope.TASKS_READ, Scope.DEAD_LETTERS_READ}:
+        task = task.without_contents()
     if task is not None:
         response.headers["Location"] = f"/v1/tasks/{task.id}"
     logger.info("dead letter replayed", extra={"letter_id": letter_id, "task_id": str(task_id)})

@@ -118,7 +118,8 @@ async def cancel_task(
     if seconds and outcome is CancelOutcome.REQUESTED:
         headers["Preference-Applied"] = f"wait={seconds}"
         outcome, task = await _wait(gateway, task, seconds)
-    answer = CancelAnswer(outcome=outcome, detail=cancelling.describe(outcome, task), task=TaskView.of(task))
+    view = TaskView.of(task) if client.may_read(task) else TaskView.of(task).without_contents()
+    answer = CancelAnswer(outcome=outcome, detail=cancelling.describe(outcome, task), task=view)
     status = 202 if outcome is CancelOutcome.REQUESTED else 200
     return Response(answer.model_dump_json(), status, headers=headers, media_type="application/json")
 
@@ -209,7 +210,8 @@ async def _retry(gateway: Gateway, client: Client, key: str | None, asked: _Retr
             api_key_id=client.id,
             traceparent=telemetry.current_traceparent(),
         )
-        body = TaskView.of(new.row()).model_dump_json().encode()
+        view = TaskView.of(new.row())
+        body = (view if client.may_read(last) else view.without_contents()).model_dump_json().encode()
         if key is not None:
             fingerprint = idempotency.fingerprint(asked)
             if await idempotency.claim(connection, client.id, key, request_sha256=fingerprint, response=body):
