@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from uuid import uuid4
 
 import pytest
 
 from running_orders import Orders
+from taskmesh.testing.proxy import TcpProxy
 from taskmesh.testing.waiting import eventually
 
 
@@ -100,6 +104,53 @@ def test_a_thread_that_works_inside_its_transaction_does_not_keep_a_worker_from_
         orders.start("worker")
 
     assert orders.wait(task_id) == "succeeded"
+
+
+@asynccontextmanager
+async def stopping_in_mid_task(orders: Orders, *, seconds: float) -> AsyncIterator[tuple[str, TcpProxy]]:
+    """A task in a worker that has been told to stop, and the worker's way to its broker."""
+
+    def stop_in_mid_task() -> str:
+        orders.processes["worker"].terminate()
+        orders.processes["worker"].wait(timeout=20)
+        orders.start("worker")
+        task_id = orders.send("orders.attempts.once", seconds=seconds)
+        eventually(lambda: starts(orders, task_id))
+        before = len(log.read_text())
+        orders.processes["worker"].send_signal(signal.SIGTERM)
+        eventually(lambda: "worker stops" in log.read_text()[before:])
+        return task_id
+
+    log = orders.health / "worker.log"
+    direct = orders.environment["TASKMESH_AMQP_URL"]
+    async with TcpProxy(direct) as proxy:
+        orders.environment["TASKMESH_AMQP_URL"] = proxy.url
+        try:
+            yield await asyncio.to_thread(stop_in_mid_task), proxy
+        finally:
+            orders.environment["TASKMESH_AMQP_URL"] = direct
+            orders.processes["worker"].kill()
+            await asyncio.to_thread(orders.start, "worker")
+
+
+async def test_a_worker_that_stops_takes_no_task_when_its_connection_comes_back(orders: Orders) -> None:
+    """It lets the task that runs end, and leaves the others to the next worker."""
+    async with stopping_in_mid_task(orders, seconds=4) as (running, proxy):
+        proxy.cut()
+        late = await asyncio.to_thread(orders.send, "orders.attempts.once")
+        await asyncio.to_thread(orders.processes["worker"].wait, 20)
+        assert (orders.state(running), orders.state(late)) == ("succeeded", None)
+
+    assert await asyncio.to_thread(orders.wait, late) == "succeeded"
+
+
+async def test_a_worker_that_loses_the_broker_while_it_stops_stops(orders: Orders) -> None:
+    """It cannot hear of its tasks, and ends when their time is up."""
+    async with stopping_in_mid_task(orders, seconds=60) as (task_id, proxy):
+        await proxy.refuse()
+        await asyncio.to_thread(orders.processes["worker"].wait, 20)
+
+    assert await asyncio.to_thread(orders.wait, task_id) == "succeeded"
 
 
 def test_a_worker_that_stops_lets_a_short_task_end(orders: Orders) -> None:

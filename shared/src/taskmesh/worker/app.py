@@ -129,6 +129,7 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
         self._settings: WorkerSettings | None = None
         self._engine: Engine | None = None
         self._connections = ""
+        self.is_stopping = False
         self._start_hooks: list[ProcessStart] = []
 
     # Declaring

@@ -105,7 +105,8 @@ class Control(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no t
             if paused != self._paused and (paused or self._paused is not None):
                 logger.info("worker paused" if paused else "worker resumed")
             self._paused = paused
-        if paused:
+        # A worker that stops may lose its connection, and has come back with another.
+        if paused or consumer.app.is_stopping:
             self._withdraw(consumer)
         else:
             self._attach(consumer)

@@ -56,6 +56,7 @@ class Shutdown:
         self._seconds = seconds
         self._rung = False
         self._deadline: float | None = None
+        self._is_over = False
         self._ended: list[tuple[UUID, str]] = []
 
     def install(self) -> None:
@@ -105,32 +106,36 @@ class Shutdown:
         if self._rung:
             # Told twice: there is no time left.
             self._deadline = time.monotonic()
+            if not self._is_over:
+                signal.setitimer(signal.ITIMER_REAL, RING_SECONDS)
             return
-        self._rung = True
+        self._rung = self._app.is_stopping = True
         hub = getattr(self._worker, "hub", None)
         if self._app.settings.worker_pool != "prefork":
             # The consumer looks at this flag between two messages; Celery then waits for the tasks, however long.
+            self._end()
             state.should_stop = os.EX_OK
             threading.Thread(target=self._give_up_in_time, daemon=True).start()
         elif hub is None:
             # Nothing has begun.
+            self._end()
             state.should_stop = os.EX_OK
         else:
             hub.call_soon(self._begin)
             signal.setitimer(signal.ITIMER_REAL, RING_SECONDS)
 
     def _on_silence(self, *_: object) -> None:
-        """The loop did not take the call: it is connecting, or is stuck in it."""
-        if self._deadline is None:
-            self._deadline = time.monotonic()
+        """The loop did not take the call, or missed the deadline: it is connecting, or is stuck in it."""
+        if not self._is_over:
             self._stop_at_once()
 
     def _begin(self) -> None:
         """Take no more messages, then look now and then whether all is done."""
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        if self._deadline is not None:
+        if self._is_over:
             return
-        self._deadline = time.monotonic() + self._seconds
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._seconds
+        signal.setitimer(signal.ITIMER_REAL, max(0, self._deadline - time.monotonic()) + RING_SECONDS)
         logger.info("worker stops", extra={"running": len(state.reserved_requests)})
         consumer = self._worker.consumer
         if consumer.task_consumer is not None:
@@ -143,7 +148,11 @@ class Shutdown:
 
     def _look(self) -> None:
         assert self._deadline is not None
+        if self._is_over:
+            # Celery's pool fires timers while it stops.
+            return
         if not state.reserved_requests:
+            self._end()
             state.should_stop = os.EX_OK
         elif time.monotonic() >= self._deadline:
             self._stop_at_once()
@@ -152,6 +161,7 @@ class Shutdown:
 
     def _stop_at_once(self) -> None:
         """Kill what still runs; its messages go back, and its starts are not counted."""
+        self._end()
         self._note(self._running())
         # Its own wait is over before it begins.
         self._app.conf.worker_soft_shutdown_timeout = 0
@@ -162,6 +172,11 @@ class Shutdown:
                 self.take_back_starts()
         finally:
             state.should_terminate = True
+
+    def _end(self) -> None:
+        """Ring no more: an alarm that comes when Python has taken its handlers down would kill the process."""
+        self._is_over = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _give_up_in_time(self) -> None:
         """Of pools that cannot kill a task: end the process when the time is up."""
