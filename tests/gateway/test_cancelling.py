@@ -10,11 +10,12 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid4
 
+import psycopg
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import event, func, insert, select, update
 
-from gateway import ledger, retries
+from gateway import cancelling, ledger, retries
 from gateway.models import manifests, task_events, tasks, unaccounted_tasks
 from gateway.relaying import GatewayHooks
 from gateway.scopes import Scope
@@ -357,3 +358,23 @@ async def test_a_key_that_may_only_write_reads_no_payload_by_cancelling_what_has
     assert (answer.status_code, answer.json()["outcome"]) == (200, "already_finished")
     assert (answer.json()["task"]["payload"], answer.json()["task"]["result"]) == (None, None)
     assert own.json()["task"]["payload"] == {"name": "Confidential"}
+
+
+async def test_a_message_that_is_claimed_and_freed_before_it_is_taken_may_have_left(api, gateway_url):
+    """A relay publishes and dies while the request stands still between its look at the outbox and its lock."""
+    view = await api.submit()
+    relays: list[str] = []
+
+    @event.listens_for(api.engine.sync_engine, "after_cursor_execute")
+    def publish_and_die(_connection, _cursor, statement, *_):
+        if "outbox" not in statement or relays:
+            return
+        relays.append(statement)
+        with psycopg.connect(gateway_url) as relay:
+            relay.execute("select id from outbox for update")
+            relay.rollback()
+
+    async with api.engine.begin() as connection:
+        outcome, _ = await cancelling.cancel(connection, UUID(view["id"]), cancelling.Wish())
+
+    assert (outcome, len(relays)) == (cancelling.CancelOutcome.REQUESTED, 1)

@@ -112,14 +112,14 @@ async def _withdraw(connection: AsyncConnection, task: Row[Any]) -> bool:
 
     A message that the relay is publishing at this moment is left to it.
     """
-    found = (await connection.execute(_FIND_MESSAGES, {"task_id": task.id})).all()
-    if not found:
+    statement = select(func.count()).select_from(outbox).where(outbox.c.task_id == task.id)
+    count = (await connection.execute(statement)).scalar_one()
+    taken = (await connection.execute(_TAKE_MESSAGES, {"task_id": task.id})).all()
+    if not taken:
         return False
-    idle = select(outbox.c.id).where(outbox.c.task_id == task.id).with_for_update(skip_locked=True)
-    statement = delete(outbox).where(outbox.c.id.in_(idle)).returning(outbox.c.id)
-    taken = set((await connection.execute(statement)).scalars())
+    await connection.execute(delete(outbox).where(outbox.c.id.in_([message.id for message in taken])))
     begun = task.attempt > 0 or task.started_at is not None
-    certain = not begun and all(row.id in taken and _has_stayed(row) for row in found) and len(taken) == len(found)
+    certain = not begun and len(taken) == count and all(_has_stayed(message) for message in taken)
     return certain and not await _was_sent_again(connection, task.id)
 
 
@@ -134,16 +134,17 @@ def _has_stayed(message: Row[Any]) -> bool:
     return message.waits or (message.outlived_no_crash and not message.was_claimed)
 
 
-_FIND_MESSAGES = text(
+_TAKE_MESSAGES = text(
     """
     select id, failures, last_error, due_at > clock_timestamp() as waits,
            -- The transaction that put it back had claimed it, and knows what became of it.
            xmax <> '0'::xid and xmax <> xmin as was_claimed,
            created_at > pg_postmaster_start_time() as outlived_no_crash
     from outbox where task_id = :task_id
+    for update skip locked
     """
 )
-"""Read before the rows are locked, which would put our own number there."""
+"""PostgreSQL reads a row and then locks it, which puts our own number there; nobody claims and publishes in between."""
 
 
 async def _was_sent_again(connection: AsyncConnection, task_id: UUID) -> bool:
