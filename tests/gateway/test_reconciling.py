@@ -21,6 +21,7 @@ from taskmesh import celery_protocol
 from taskmesh.contracts.control import CONTROL, Inquiry, Sighting, Sightings
 from taskmesh.contracts.lifecycle import LifecycleEvent, TaskFailure, TaskKind, TaskState
 from taskmesh.outbox import outbox
+from taskmesh.topology import DEAD_QUEUE
 
 TYPE = "greeter.person.greet"
 LAG = timedelta(seconds=10)
@@ -537,3 +538,16 @@ async def test_candidates_are_examined_without_reading_every_dead_letter(gateway
 
     assert "Seq Scan on dead_letters" not in lines, lines
     assert "hashed SubPlan" not in lines, lines
+
+
+async def test_a_message_that_waits_among_the_dead_letters_is_not_unaccounted_for(scene):
+    await scene.accept()
+    scene.queues[DEAD_QUEUE] = 1
+    await scene.audit()
+    await scene.audit()
+    assert await scene.named() == []
+
+    scene.queues[DEAD_QUEUE] = 0
+    await scene.audit()
+    await scene.audit()
+    assert len(await scene.named()) == 1

@@ -24,6 +24,7 @@ from gateway.observations import QueueFacts
 from gateway.sightings import Seen
 from gateway.unaccounted import Record, Suspect
 from taskmesh.contracts.lifecycle import TERMINAL
+from taskmesh.topology import DEAD_QUEUE
 
 FIGURES_LAG: Final = timedelta(seconds=10)
 """How old the management API's figures may be: a queue counts every five seconds, and is asked every five."""
@@ -63,6 +64,7 @@ class Gap:
 
     Attributes:
         presumed: Tasks whose message can be nowhere else.
+        messages: With the dead letters that are not stored yet.
         missing: How many of them are unaccounted for; nobody can tell which.
     """
 
@@ -140,7 +142,10 @@ def _judge_queue(name: str, suspects: Sequence[Suspect], evidence: Evidence, ver
     if queue is None:
         verdicts.unknown[QUEUE_NOT_OBSERVED] += len(suspects)
         return
-    if queue.messages >= len(suspects):
+    # A message that was given up is in neither place until the projector has stored it.
+    dead = evidence.queues.get(DEAD_QUEUE)
+    messages = queue.messages + (dead.messages if dead is not None else 0)
+    if messages >= len(suspects):
         verdicts.accounted += [suspect.task_id for suspect in suspects]
         return
     verdicts.suspects += suspects
@@ -149,12 +154,12 @@ def _judge_queue(name: str, suspects: Sequence[Suspect], evidence: Evidence, ver
         for suspect in suspects
         if (since := evidence.since(suspect)) is not None and since + evidence.lag <= queue.observed_at
     ]
-    if queue.messages == 0:
+    if messages == 0:
         verdicts.named += ripe
         return
     named_before = sum(evidence.records[task_id].confirmed_at is not None for task_id in ripe)
-    missing = max(len(ripe) - queue.messages - named_before, 0)
-    verdicts.gaps.append(Gap(queue=name, presumed=len(suspects), messages=queue.messages, missing=missing))
+    missing = max(len(ripe) - messages - named_before, 0)
+    verdicts.gaps.append(Gap(queue=name, presumed=len(suspects), messages=messages, missing=missing))
 
 
 def _suspect(candidate: Candidate, seen: Seen) -> Suspect:

@@ -37,6 +37,7 @@ class GapView(BaseModel):
     queue: str
     presumed: int
     messages: int
+    """With dead letters that are not stored yet."""
     missing: int
     """Nobody can tell which of the presumed ones."""
 
