@@ -507,6 +507,19 @@ def test_a_hook_is_not_told_of_a_run_that_a_time_limit_ended(orders: Orders) -> 
     assert "a hook with a mistake" not in log.read_text()[before:]
 
 
+def test_a_soft_limit_that_comes_after_an_attempts_end_parks_no_message(orders: Orders) -> None:
+    """The task has succeeded: a dead letter would tell the ledger that it failed."""
+    before = orders.dead_letters()
+    log = orders.health / "worker.log"
+    task_id = orders.send("orders.api.late_limit")
+
+    assert orders.wait(task_id) == "succeeded"
+    eventually(lambda: "the soft time limit came after the attempt's end" in log.read_text())
+    eventually(orders.idle)
+    assert orders.dead_letters() == before
+    assert orders.notes(task_id) == ["done"]
+
+
 @pytest.mark.parametrize("pool", ["threads", "solo"])
 def test_every_pool_runs_tasks_and_stops(orders: Orders, pool: str) -> None:
     """A retry, an event and a follow-up go through the outbox there, too, and SIGTERM ends the process."""

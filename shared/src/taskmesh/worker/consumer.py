@@ -14,7 +14,7 @@ from uuid import UUID
 
 from billiard.einfo import ExceptionWithTraceback
 from celery import bootsteps
-from celery.exceptions import Terminated, WorkerLostError
+from celery.exceptions import SoftTimeLimitExceeded, Terminated, WorkerLostError
 from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer
 from celery.worker.consumer.tasks import Tasks
@@ -74,6 +74,16 @@ class MeshRequest(Request):  # type: ignore[misc]  # Celery has no types
         if isinstance(error, Terminated) and not self._already_cancelled:
             # We killed it, for its cancellation: Celery would acknowledge, and nobody would settle the task.
             worker_state.task_ready(self)
+            self.reject(requeue=True)
+            return
+        if isinstance(error, SoftTimeLimitExceeded):
+            # It came when the attempt was over, in Celery's own code around it. If anything is left to be done, the
+            # inbox knows; parked, the message would say of a settled task that it has failed.
+            worker_state.task_ready(self)
+            logger.warning(
+                "message given back: the soft time limit came after the attempt's end",
+                extra={"task_id": self.id, "type": self.name},
+            )
             self.reject(requeue=True)
             return
         if isinstance(error, WorkerLostError):
