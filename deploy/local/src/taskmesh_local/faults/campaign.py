@@ -40,6 +40,7 @@ FAULTS_A_MINUTE = 12.0
 RATE = 14.0
 SETTLE_SECONDS = 5.0
 """A broker that is killed right after its queues were declared may lose one; that is set-up, not operation."""
+LIMIT_SECONDS = 600.0
 EXPLAINED = 10
 """How many unfinished tasks the gateway is asked about."""
 VARIABLES = {
@@ -60,7 +61,8 @@ class Options:
         rate: Orders a second; an order leads to one task or to several.
         count: How many faults; None: twelve a minute.
         plant: The bug that the roles are given.
-        limit_seconds: How long the healed mesh may take to finish its work.
+        limit_seconds: How long the healed mesh may take to finish its work; None: as long as the load lasted, and ten
+            minutes at least.
         standstill_seconds: How long nothing may happen meanwhile although work is left.
         keep: Whether the mesh's folder stays when all is well, too.
         workers: Packages of more workers by their services; their tasks are submitted with the examples of their
@@ -72,7 +74,7 @@ class Options:
     rate: float = RATE
     count: int | None = None
     plant: planted.Bug | None = None
-    limit_seconds: float = 420.0
+    limit_seconds: float | None = None
     standstill_seconds: float = 45.0
     keep: bool = False
     workers: Mapping[str, str] = field(default_factory=dict)
@@ -151,7 +153,7 @@ async def run(options: Options, folder: Path, console: Console) -> Report:
                 management_url=broker.management_url,
                 supervisor=supervisor,
                 journal=journal,
-                limit_seconds=options.limit_seconds,
+                limit_seconds=options.limit_seconds or max(LIMIT_SECONDS, options.seconds),
                 standstill_seconds=options.standstill_seconds,
             )
             await asyncio.sleep(SETTLE_SECONDS)

@@ -20,6 +20,12 @@ BUSY_QUEUES = ("billing", "email.events", "trials", "trials.events", "gateway.li
 QUIET_START_SECONDS = 5.0
 QUIET_END_SECONDS = 8.0
 
+# A short campaign has no time for long outages, in which nothing else can be seen; in a long one some outlast heartbeats.
+USUAL_SECONDS = 12.0
+LONGEST_SECONDS = 60.0
+LONG_SECONDS = 600.0
+LONG_SHARE = 0.15
+
 
 class Kind(StrEnum):
     """What can be done to a mesh."""
@@ -89,7 +95,7 @@ def plan(seed: int, *, seconds: float, count: int, victims: Victims) -> list[Fau
     two faults at a time; different ones have.
     """
     dice = random.Random(f"faults {seed}")  # noqa: S311 - the same faults for the same seed are the point
-    deck = _Deck(dice, victims, longest=60.0 if seconds >= 600 else 12.0)
+    deck = _Deck(dice, victims, longest=LONGEST_SECONDS if seconds >= LONG_SECONDS else USUAL_SECONDS)
     rest = max(seconds - QUIET_START_SECONDS - QUIET_END_SECONDS, 1.0)
     moments = sorted(QUIET_START_SECONDS + rest * (number + dice.random()) / count for number in range(count))
     busy: dict[str, float] = {}
@@ -172,9 +178,11 @@ class _Deck:
             case Kind.KILL_CHILD | Kind.CUT:
                 seconds = 0.0
             case Kind.STOP if victim in {BROKER, DATABASE}:
-                seconds = dice.uniform(1.0, self.longest / 2)
+                seconds = dice.uniform(1.0, USUAL_SECONDS / 2)
+            case _ if dice.random() < LONG_SHARE:
+                seconds = dice.uniform(USUAL_SECONDS / 2, self.longest)
             case _:
-                seconds = dice.uniform(2.0, self.longest)
+                seconds = dice.uniform(2.0, USUAL_SECONDS)
         badly = kind in {Kind.STOP, Kind.BLACK_HOLE} and victim not in {BROKER, DATABASE} and dice.random() < 0.3
         if kind is Kind.BLACK_HOLE:
             badly = dice.random() < 0.5
