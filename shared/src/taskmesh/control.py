@@ -1,7 +1,7 @@
 """Control messages: what the gateway tells a service past its queues of work, and what the service makes of it.
 
 The service's relay takes them as they come (`ControlConsumer`), and a worker takes what waits before its first task
-(`taskmesh.worker.admission`). Both call `apply`.
+(`taskmesh.worker.control`). Both call `apply`.
 
 A cancellation takes two commits. The first one writes down that the task is unwanted: from then on no attempt begins,
 because every attempt looks there when it begins, and when it asks for another one. The second one ends what does not
