@@ -20,7 +20,7 @@ BUSY_QUEUES = ("billing", "email.events", "trials", "trials.events", "gateway.li
 QUIET_START_SECONDS = 5.0
 QUIET_END_SECONDS = 8.0
 
-# A short campaign has no time for long outages, in which nothing else can be seen; in a long one some outlast heartbeats.
+# A short campaign has no time for long outages, in which little else is seen. In a long one some outlast heartbeats.
 USUAL_SECONDS = 12.0
 LONGEST_SECONDS = 60.0
 LONG_SECONDS = 600.0
