@@ -7,7 +7,8 @@ import asyncio
 import pytest
 from rich.console import Console
 
-from taskmesh_local.faults.campaign import Options, run
+from taskmesh_local.faults.campaign import run
+from taskmesh_local.faults.options import Options
 from taskmesh_local.faults.planted import Bug
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
-from taskmesh_local.faults.campaign import Options
+from taskmesh_local.faults.options import Options
 from taskmesh_local.faults.orders import orders
 from taskmesh_local.faults.schedule import BROKER, DATABASE, Kind
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
-from taskmesh_local.faults.campaign import RATE, Options, run
+from taskmesh_local.faults.campaign import run
+from taskmesh_local.faults.options import RATE, Options
 from taskmesh_local.faults.planted import Bug
 from taskmesh_local.faults.report import Report
 from taskmesh_local.faults.schedule import tally

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,11 +20,9 @@ from taskmesh.management import Management
 from taskmesh_local.faults.evidence import Evidence
 from taskmesh_local.faults.injectors import Injectors
 from taskmesh_local.faults.invariants import Finding
+from taskmesh_local.faults.options import Options
 from taskmesh_local.faults.schedule import tally
 from taskmesh_local.faults.supervisor import Supervisor
-
-if TYPE_CHECKING:
-    from taskmesh_local.faults.campaign import Options
 
 LOG_WIDTH = 180
 
