@@ -141,10 +141,16 @@ class Injectors:
 
     async def _kill_child(self, fault: Fault) -> str:
         process = await self._victim(fault.victim)
+        children: list[int] = []
+
+        def born() -> bool:
+            # Kept as they are seen: in the next moment they may be gone.
+            children[:] = process.children()
+            return bool(children)
+
         # Right after its start it has none yet.
-        if not await until(lambda: bool(process.children()), seconds=WELL_SECONDS):
+        if not await until(born, seconds=WELL_SECONDS):
             raise NotInjected("it has no children")
-        children = process.children()
         child = children[fault.pick % len(children)]
         _signal(child, signal.SIGKILL)
         return f"child {child} of {len(children)} killed"
