@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -203,33 +204,43 @@ def interrupted(environment: dict[str, str], tmp_path: Path) -> Iterator[subproc
     process.stderr.close()
 
 
-def workers(folder: Path) -> list[str]:
-    """The processes whose command line names the folder."""
-    commands = []
+def processes(folder: Path) -> list[tuple[str, dict[str, str]]]:
+    """The command line and the environment of each process whose command line names the folder."""
+    found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            commands.append(path.read_bytes().decode().replace("\0", " "))
+            command = path.read_bytes().decode().replace("\0", " ")
+            if str(folder) in command:
+                variables = path.with_name("environ").read_bytes().decode().rstrip("\0").split("\0")
+                found.append((command, dict(variable.split("=", 1) for variable in variables if variable)))
         except OSError:
             continue
-    return [command for command in commands if str(folder) in command]
+    return found
+
+
+def workers(folder: Path) -> list[str]:
+    """The processes whose command line names the folder."""
+    return [command for command, _ in processes(folder)]
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_verification_leaves_nothing_behind(
     interrupted, number, exit_code, postgres, rabbitmq, tmp_path
 ):
-    """No process, no database, no virtual host, no user, and no file."""
+    """No process, no database, no virtual host, no user, and no file of its own: other tests have some, too."""
+    _, told = processes(tmp_path)[0]
+    database = urlsplit(told["TASKMESH_DATABASE_URL"]).path[1:]
+    vhost = urlsplit(told["TASKMESH_AMQP_URL"]).path[1:]
     interrupted.send_signal(number)
 
     assert interrupted.wait(300) == exit_code
     assert workers(tmp_path) == []
     assert not list(tmp_path.glob("taskmesh-verify-*"))
     with psycopg.connect(postgres) as admin:
-        assert admin.execute("select datname from pg_database where datname like 'ledgers\\_%'").fetchall() == []
+        left = admin.execute("select datname from pg_database where starts_with(datname, %s)", (database,)).fetchall()
     with Management(rabbitmq.management_url) as management:
-        users = [user["name"] for user in management._list("/users") if user["name"].startswith("verify-")]
-        vhosts = [vhost["name"] for vhost in management._list("/vhosts") if vhost["name"].startswith("verify-")]
-    assert (users, vhosts) == ([], [])
+        names = [found["name"] for path in ("/users", "/vhosts") for found in management._list(path)]
+    assert (left, [name for name in names if name.startswith(vhost)]) == ([], [])
 
 
 def test_the_worker_ends_with_a_verifier_that_is_killed(interrupted, tmp_path):
