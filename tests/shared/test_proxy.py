@@ -83,3 +83,14 @@ async def test_a_server_that_is_down_is_down_behind_its_proxy_too():
         with contextlib.suppress(ConnectionResetError):
             assert await asyncio.wait_for(reader.read(1), 5) == b""
         writer.close()
+
+
+async def test_a_cut_passes_over_connections_that_are_just_closing():
+    """One that is gone must not keep the others from being cut."""
+    async with echo() as url, TcpProxy(url) as proxy:
+        ends = [await connect(proxy) for _ in range(2)]
+        for each in ends:
+            await say(*each)
+        next(iter(proxy._clients)).transport.get_extra_info("socket")._sock.close()
+
+        assert proxy.cut() == 2

@@ -146,6 +146,7 @@ class TcpProxy:
 def _reset(writer: asyncio.StreamWriter) -> None:
     """Close a connection as a crashed host would: without the lingering, the kernel says goodbye politely."""
     connection = writer.get_extra_info("socket")
-    if connection is not None:
+    # It may be closed already, and not yet forgotten.
+    with contextlib.suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
