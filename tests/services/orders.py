@@ -11,7 +11,7 @@ from typing import Any, Literal
 from uuid import UUID
 
 from celery import chain, group
-from celery.exceptions import Ignore, SoftTimeLimitExceeded
+from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
@@ -348,6 +348,16 @@ def replaced(self: MeshTask, left: int) -> None:
     count_start(self)
     if left:
         self.replace(replaced.s(left=left - 1))
+    record(self, "done")
+
+
+@app.task(name="orders.attempts.rejects", bind=True, max_retries=2)
+def rejects(self: MeshTask, way: str) -> None:
+    """Has its message parked; "limit" as Celery does when a soft time limit comes while it writes a retry."""
+    if count_start(self) == 1 and way == "limit":
+        raise Reject(SoftTimeLimitExceeded(), requeue=False)
+    if way == "park":
+        raise Reject("not for us", requeue=False)
     record(self, "done")
 
 

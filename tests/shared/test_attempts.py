@@ -204,3 +204,25 @@ def test_a_task_that_replaces_itself_is_not_taken_for_one_that_was_lost(orders: 
 
     assert orders.wait(task_id) == "succeeded"
     assert orders.notes(task_id) == ["start", "start", "start", "start", "done"]
+
+
+def test_a_soft_time_limit_in_the_middle_of_writing_a_retry_does_not_park_the_task(orders: Orders) -> None:
+    """The message goes back, and the start counts."""
+    before = orders.dead_letters()
+    task_id = orders.send("orders.attempts.rejects", way="limit")
+
+    assert orders.wait(task_id) == "succeeded"
+    assert orders.notes(task_id) == ["start", "start", "done"]
+    assert orders.dead_letters() == before
+
+
+def test_a_task_that_rejects_its_message_has_failed_everywhere(orders: Orders) -> None:
+    """In the inbox, in the ledger, and with its message among the dead letters."""
+    before = orders.dead_letters()
+    task_id = orders.send("orders.attempts.rejects", way="park")
+
+    assert orders.wait(task_id) == "failed"
+    [failed] = eventually(lambda: [event for event in orders.events(task_id) if event.state == "failed"])
+    assert failed.failure is not None
+    assert failed.failure.code == "rejected"
+    assert eventually(lambda: orders.dead_letters() == before + 1)

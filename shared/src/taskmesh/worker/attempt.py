@@ -26,7 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from taskmesh import celery_protocol, inbox, lifecycle, logs, outbox, telemetry
 from taskmesh.contracts.lifecycle import LifecycleEvent, TaskFailure, TaskKind, TaskState
 from taskmesh.database import is_unavailable
-from taskmesh.errors import ContractViolation, TaskCancelled
+from taskmesh.errors import ContractViolation, PermanentError, TaskCancelled
 from taskmesh.inbox import InboxState
 from taskmesh.outbox import OutboxMessage
 from taskmesh.worker import unit as units
@@ -310,8 +310,16 @@ class Attempt:
         if isinstance(outcome, Retry):
             self._retry(unit, outcome, span)
         if isinstance(outcome, Reject):
+            if isinstance(outcome.reason, SoftTimeLimitExceeded):
+                # It came while `retry` wrote the next attempt, and Celery takes that for a reason to park the message.
+                raise outcome.reason
             span.set_attribute("taskmesh.outcome", "rejected")
-            raise outcome
+            if outcome.requeue:
+                raise outcome
+            reason = outcome.reason
+            if not isinstance(reason, BaseException):
+                reason = PermanentError("the task has rejected its message")
+            self._fail(unit, reason, span, park=True)
         if isinstance(outcome, Settled):
             raise outcome
         # `replace()` has sent its message and raises Ignore; a bare Ignore means: done, with nothing to tell.
