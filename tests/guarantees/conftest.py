@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import inspect
 import signal
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +22,8 @@ from taskmesh.database import sync_engine
 from taskmesh.management import Management
 from taskmesh.parts.postgres import Postgres
 from taskmesh.parts.rabbitmq import RabbitMQ, find
-from taskmesh.testing.proxy import TcpProxy
 from taskmesh.testing.waiting import eventually
+from wires import Wire
 
 FRAGILE = Path(__file__).parents[1] / "services" / "fragile_orders.py"
 
@@ -205,46 +202,6 @@ def own_postgres() -> Iterator[Postgres]:
             yield server
         finally:
             server.purge()
-
-
-class Wire:
-    """A proxy on a thread of its own, for tests whose processes are elsewhere."""
-
-    def __init__(self, url: str) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        self._proxy = TcpProxy(url)
-        self.run(self._proxy.accept)
-
-    @property
-    def url(self) -> str:
-        return self._proxy.url
-
-    def run(self, act: Callable[[], Any]) -> None:
-        """Have one of the proxy's methods called, and wait for its end."""
-
-        async def call() -> None:
-            result = act()
-            if inspect.isawaitable(result):
-                await result
-
-        asyncio.run_coroutine_threadsafe(call(), self._loop).result(timeout=10)
-
-    def stall(self) -> None:
-        """Hold back the server's answers."""
-        self.run(self._proxy.stall)
-
-    def cut(self) -> None:
-        """Reset every connection; what was held back is lost."""
-        self.run(self._proxy.cut)
-        self.run(self._proxy.resume)
-
-    def close(self) -> None:
-        self.run(self._proxy.refuse)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
 
 @pytest.fixture

@@ -114,7 +114,9 @@ class Gateway:
 
 
 @contextlib.contextmanager
-def running_gateway(postgres: str, amqp_url: str, management_url: str, folder: Path, *roles: str) -> Iterator[Gateway]:
+def running_gateway(
+    postgres: str, amqp_url: str, management_url: str, folder: Path, *roles: str, **variables: str
+) -> Iterator[Gateway]:
     """Run the gateway in a database of its own until the end of the block.
 
     Args:
@@ -123,11 +125,12 @@ def running_gateway(postgres: str, amqp_url: str, management_url: str, folder: P
         management_url: The broker's administrator's.
         folder: For logs and health files.
         roles: Which processes to start.
+        variables: More environment variables.
     """
     name = f"gateway_{uuid4().hex[:12]}"
     database_url = create_database(postgres, name)
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name != "OTEL_EXPORTER_OTLP_ENDPOINT"},
         "TASKMESH_DATABASE_URL": database_url,
         "TASKMESH_AMQP_URL": amqp_url,
         "TASKMESH_MANAGEMENT_URL": management_url,
@@ -135,8 +138,8 @@ def running_gateway(postgres: str, amqp_url: str, management_url: str, folder: P
         "TASKMESH_HTTP_HOST": "127.0.0.1",
         "TASKMESH_HTTP_PORT": "0",
         "TASKMESH_RELAY_POLL_SECONDS": "0.2",
+        **variables,
     }
-    environment.pop("OTEL_EXPORTER_OTLP_ENDPOINT", None)
     subprocess.run([sys.executable, "-m", "gateway", "setup"], env=environment, check=True)
     gateway = Gateway(database_url, environment, folder)
     try:

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
@@ -19,7 +20,7 @@ from opentelemetry.trace import StatusCode
 from sqlalchemy import select, text
 
 from taskmesh import celery_protocol, lifecycle, telemetry, topology
-from taskmesh.celery_protocol import TaskMessage
+from taskmesh.celery_protocol import DUE_HEADER, PUBLISHED_HEADER, TaskMessage
 from taskmesh.consuming import BatchConsumer
 from taskmesh.contracts.lifecycle import LifecycleEvent, TaskKind, TaskState
 from taskmesh.contracts.manifest import Manifest
@@ -143,7 +144,9 @@ async def test_a_row_leaves_as_it_was_written_and_is_deleted(engine, broker):
         message.routing_key,
         message.body,
     )
+    added = {name: delivery.headers.pop(name) for name in (DUE_HEADER, PUBLISHED_HEADER)}
     assert delivery.headers == message.headers
+    assert added[DUE_HEADER] <= added[PUBLISHED_HEADER] <= time.time_ns() // 1000
     assert delivery.properties == message.properties
     assert await rows_left(engine) == []
 

@@ -31,6 +31,19 @@ EXPIRES_HEADER = "taskmesh_expires_at"
 EVENT_ID_HEADER = "taskmesh_event_id"
 ETA_HEADER = "taskmesh_eta"
 """The `eta` of a message that plain Celery published: our consumer moves it here, so no worker holds it in memory."""
+TRACE_LINKS_HEADER = "taskmesh_trace_links"
+"""Of a message that begins a trace of its own: what the trace is linked to. The relay reads it, and sends it not."""
+RETRY_REASON_HEADER = "taskmesh_retry_reason"
+"""Code of the failure that the attempt before ended with."""
+DUE_HEADER = "taskmesh_due_us"
+PUBLISHED_HEADER = "taskmesh_published_us"
+RECEIVED_HEADER = "taskmesh_received_us"
+"""When a message was due, published by a relay, and received by a worker: microseconds of Unix time."""
+
+OF_ONE_MESSAGE = frozenset(
+    {ETA_HEADER, TRACE_LINKS_HEADER, RETRY_REASON_HEADER, DUE_HEADER, PUBLISHED_HEADER, RECEIVED_HEADER}
+)
+"""Headers that say something of one message, and nothing of the next one of the same task."""
 
 HEADERS = (
     "task",
@@ -43,6 +56,7 @@ HEADERS = (
     "expires",
     "traceparent",
     "tracestate",
+    "baggage",
     KIND_HEADER,
     VERSION_HEADER,
     TENANT_HEADER,
@@ -83,6 +97,7 @@ class TaskMessage:
         root_id: The task that a caller asked for; None means this one.
         parent_id: The task that sent this one.
         expires_at: Not started after this.
+        trace_links: What the trace that begins with this message is linked to, as in `traces.Creation`.
         headers: Further headers, such as those of other tools.
     """
 
@@ -99,8 +114,10 @@ class TaskMessage:
     priority: int | None = None
     traceparent: str | None = None
     tracestate: str | None = None
+    baggage: str | None = None
     tenant: str | None = None
     version: int = 1
+    trace_links: Mapping[str, str] = field(default_factory=dict)
     headers: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -154,6 +171,10 @@ def encode(message: TaskMessage) -> tuple[dict[str, Any], dict[str, Any], bytes]
         headers["traceparent"] = message.traceparent
     if message.tracestate:
         headers["tracestate"] = message.tracestate
+    if message.baggage:
+        headers["baggage"] = message.baggage
+    if message.trace_links:
+        headers[TRACE_LINKS_HEADER] = dict(message.trace_links)
     properties: dict[str, Any] = {
         "content_type": "application/json",
         "content_encoding": "utf-8",
@@ -181,7 +202,8 @@ def event(message: TaskMessage) -> OutboxMessage:
 def listening(message: TaskMessage, *, service: str, event_id: UUID, due_at: datetime | None = None) -> OutboxMessage:
     """The outbox form of one listener's handling of an event, under the task's own id: for that listener alone."""
     handled = replace(message, kind=TaskKind.EVENT, headers={**message.headers, EVENT_ID_HEADER: str(event_id)})
-    return _outbox(handled, exchanges.DIRECT, routing_key=f"{service}.events", mandatory=True, due_at=due_at)
+    queue = exchanges.queue_of(service, TaskKind.EVENT)
+    return _outbox(handled, exchanges.DIRECT, routing_key=queue, mandatory=True, due_at=due_at)
 
 
 def _outbox(
@@ -271,6 +293,7 @@ def read(headers: Mapping[str, Any] | None, content: Any, *, priority: int | Non
         priority=priority,
         traceparent=_text(headers, "traceparent"),
         tracestate=_text(headers, "tracestate"),
+        baggage=_text(headers, "baggage"),
         tenant=_text(headers, TENANT_HEADER),
         version=_count(headers, VERSION_HEADER, default=1),
     )

@@ -57,10 +57,12 @@ def queue_of(service: str) -> str:
 
 def outgoing(service: str, message: Message, *, expires_at: datetime | None = None) -> OutboxMessage:
     """The outbox form of a control message; kept until the service has a queue for it, or until it expires."""
+    traceparent = message.traceparent if isinstance(message, Cancellation) else None
     return OutboxMessage(
         exchange=exchanges.DIRECT,
         routing_key=queue_of(service),
         body=CONTROL.dump_json(message, exclude_none=True),
+        headers={"traceparent": traceparent} if traceparent else {},
         properties={"content_type": "application/json", "content_encoding": "utf-8", "delivery_mode": 2},
         expires_at=expires_at,
     )

@@ -22,6 +22,8 @@ def message(event: LifecycleEvent) -> OutboxMessage:
         exchange=exchanges.LIFECYCLE,
         routing_key=routing_key(event),
         body=encode([event]),
+        # For the relay's span; it is no part of the message.
+        headers={"traceparent": event.traceparent} if event.traceparent else {},
         properties=PROPERTIES,
         mandatory=True,
     )

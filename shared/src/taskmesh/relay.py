@@ -21,13 +21,12 @@ from typing import Any, Protocol
 from uuid import UUID
 
 import psycopg
-from opentelemetry.trace import Span, SpanKind, StatusCode
 from pydantic import SecretStr
 from sqlalchemy import BigInteger, any_, delete, func, literal, select, update
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from taskmesh import amqp, celery_protocol, exchanges, lifecycle, telemetry
+from taskmesh import amqp, celery_protocol, exchanges, lifecycle
 from taskmesh.contracts.lifecycle import LifecycleEvent, TaskState
 from taskmesh.contracts.manifest import Manifest
 from taskmesh.database import is_unavailable
@@ -35,6 +34,7 @@ from taskmesh.errors import BrokerUnavailable, TransientError
 from taskmesh.health import Health
 from taskmesh.inbox import InboxState, inbox
 from taskmesh.outbox import NOTIFY_CHANNEL, insert_messages, outbox
+from taskmesh.publish_spans import PublishSpans
 from taskmesh.publishing import Outcome, OutgoingMessage, Publisher, Report
 
 logger = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ class Relay:
         self._announce_seconds = announce_seconds
         self._companions = companions
         self._publisher = Publisher(amqp_url, name=f"{service}-relay")
-        self._tracing = _Tracing(amqp_url)
+        self._spans = PublishSpans(amqp_url)
         self._woken = asyncio.Event()
         # How many rows to claim. Smaller after a connection was lost in the middle of a batch: should one message be
         # the cause, it is alone in the end, and steps aside.
@@ -265,12 +265,12 @@ class Relay:
         return [(OutboxRow(**{name: row[name] for name in _NAMES}), bool(row["is_expired"])) for row in rows]
 
     async def _publish(self, rows: Sequence[OutboxRow]) -> _Fates:
-        parcels = pack(rows)
-        spans = [self._tracing.begin(parcel.rows[0]) for parcel in parcels]
+        claimed_ns = time.time_ns()
+        parcels = pack(rows, now_ns=claimed_ns)
         reports = await self._publisher.publish([parcel.message for parcel in parcels]) if parcels else []
         fates = _Fates()
-        for parcel, span, report in zip(parcels, spans, reports, strict=True):
-            self._tracing.end(span, parcel.rows[0], report)
+        for parcel, report in zip(parcels, reports, strict=True):
+            self._spans.record(parcel.rows, report, claimed_ns=claimed_ns)
             fates.add(parcel.rows, report)
         return fates
 
@@ -367,18 +367,23 @@ class Parcel:
     message: OutgoingMessage
 
 
-def pack(rows: Sequence[OutboxRow]) -> list[Parcel]:
+def pack(rows: Sequence[OutboxRow], *, now_ns: int) -> list[Parcel]:
     """Join lifecycle rows of one routing key into messages, and make one message of every other row.
 
     Publishing is the dearest part of a small task, and each task has several lifecycle events. Their bodies are JSON
     arrays, so joining them takes no parsing.
+
+    Args:
+        rows: What is due.
+        now_ns: When it leaves, in nanoseconds of Unix time; messages of tasks are told, so that workers can say how
+            long each has waited where.
     """
     parcels: list[Parcel] = []
     growing: dict[tuple[str, bool], list[OutboxRow]] = defaultdict(list)
     sizes: dict[tuple[str, bool], int] = defaultdict(int)
     for row in rows:
         if not _can_be_joined(row):
-            parcels.append(_parcel([row], row.body))
+            parcels.append(_alone(row, now_ns))
             continue
         key = (row.routing_key, row.mandatory)
         full = len(growing[key]) == PARCEL_MAX_ROWS or sizes[key] + len(row.body) > PARCEL_MAX_BYTES
@@ -401,16 +406,26 @@ def _can_be_joined(row: OutboxRow) -> bool:
 
 
 def _joined(rows: Sequence[OutboxRow]) -> Parcel:
-    return _parcel(rows, b"[" + b",".join(row.body[1:-1] for row in rows) + b"]")
+    # Each row's own trace is named in its report.
+    return _parcel(rows, b"[" + b",".join(row.body[1:-1] for row in rows) + b"]", headers={})
 
 
-def _parcel(rows: Sequence[OutboxRow], body: bytes) -> Parcel:
+def _alone(row: OutboxRow, now_ns: int) -> Parcel:
+    if row.task_id is None:
+        return _parcel([row], row.body, headers=row.headers)
+    headers = {name: value for name, value in row.headers.items() if name != celery_protocol.TRACE_LINKS_HEADER}
+    headers[celery_protocol.DUE_HEADER] = round(row.due_at.timestamp() * 1e6)
+    headers[celery_protocol.PUBLISHED_HEADER] = now_ns // 1000
+    return _parcel([row], row.body, headers=headers)
+
+
+def _parcel(rows: Sequence[OutboxRow], body: bytes, *, headers: Mapping[str, Any]) -> Parcel:
     first = rows[0]
     message = OutgoingMessage(
         exchange=first.exchange,
         routing_key=first.routing_key,
         body=body,
-        headers=first.headers,
+        headers=headers,
         properties=first.properties,
         mandatory=first.mandatory,
     )
@@ -435,52 +450,6 @@ class _Fates:
             case Outcome.UNKNOWN:
                 self.unknown += rows
                 self.unknown_reason = report.reason or report.outcome
-
-
-class _Tracing:
-    """One PRODUCER span for each command and event that carries a trace: from the claim to the broker's answer.
-
-    The message keeps the trace context that it was written with; the span is that context's child, beside the work.
-    See https://opentelemetry.io/docs/specs/semconv/messaging/rabbitmq/.
-    """
-
-    def __init__(self, amqp_url: SecretStr | str) -> None:
-        parameters = amqp.parameters(amqp_url, name="")
-        self._server = {"server.address": parameters.host, "server.port": parameters.port}
-
-    def begin(self, row: OutboxRow) -> Span | None:
-        if row.exchange == exchanges.LIFECYCLE or "traceparent" not in row.headers:
-            return None
-        attributes: dict[str, Any] = {
-            **self._server,
-            "messaging.system": "rabbitmq",
-            "messaging.operation.name": "publish",
-            "messaging.operation.type": "send",
-            "messaging.destination.name": row.exchange,
-            "messaging.rabbitmq.destination.routing_key": row.routing_key,
-        }
-        if message_id := row.properties.get("message_id"):
-            attributes["messaging.message.id"] = str(message_id)
-        if row.task_id is not None:
-            attributes["taskmesh.task.id"] = str(row.task_id)
-        return telemetry.tracer().start_span(
-            f"publish {row.exchange}",
-            context=telemetry.extract(row.headers),
-            kind=SpanKind.PRODUCER,
-            attributes=attributes,
-            start_time=time.time_ns(),
-        )
-
-    def end(self, span: Span | None, row: OutboxRow, report: Report) -> None:
-        if span is None:
-            return
-        # From when it could have left until the answer.
-        dwell_ns = report.settled_ns - row.due_at.timestamp() * 1e9
-        span.set_attribute("taskmesh.outbox.dwell_ms", max(0, round(dwell_ns / 1e6)))
-        if report.outcome is not Outcome.CONFIRMED:
-            span.set_attribute("error.type", report.outcome.value)
-            span.set_status(StatusCode.ERROR, report.reason)
-        span.end(end_time=report.settled_ns)
 
 
 _NAMES = tuple(OutboxRow.__slots__)

@@ -42,6 +42,13 @@ class ServiceSettings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     health_dir: Path | None = None
     """Where a role writes its `<service>-<role>.ready` and `.alive` files; None writes none."""
+    baggage_keys: str = ""
+    """Keys of W3C Baggage that go along with a caller's work, separated by commas; none by default."""
+
+    @property
+    def baggage_allowed(self) -> frozenset[str]:
+        """The keys one by one."""
+        return frozenset(key.strip() for key in self.baggage_keys.split(",") if key.strip())
 
 
 class SetupSettings(ServiceSettings):
@@ -65,6 +72,8 @@ class WorkerSettings(ServiceSettings):
     worker_pool: Literal["prefork", "threads", "solo"] = "prefork"
     soft_shutdown_seconds: Annotated[float, Field(ge=0)] = 20.0
     """How long running tasks may go on after SIGTERM before their messages go back to the queue."""
+    slow_task_seconds: Annotated[float, Field(gt=0)] = 10.0
+    """An attempt that takes so long is exported although its trace is not sampled."""
 
 
 SettingsT = TypeVar("SettingsT", bound=BaseSettings)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
@@ -27,7 +27,13 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from taskmesh import baggage
+from taskmesh.promised_spans import PromisedIds, PromisedSampling
+
 ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
+
+SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
+"""The semantic conventions that spans follow; those for messaging are not stable yet, hence a pinned version."""
 
 TRACE_CONTEXT = TraceContextTextMapPropagator()
 
@@ -35,13 +41,17 @@ _provider: TracerProvider | None = None
 _meters: MeterProvider | None = None
 
 
-def start(service: str, role: str) -> None:
+def start(service: str, role: str, *, baggage_keys: Iterable[str] = ()) -> None:
     """Begin to record and export spans under `service.name`; in a pool child this starts the child's own exporter.
 
-    Baggage is neither read nor sent: it would carry a caller's data through every service.
+    Args:
+        service: `service.name`.
+        role: Of the service.
+        baggage_keys: What of a caller's baggage goes along.
     """
     global _provider  # noqa: PLW0603 - OpenTelemetry's own provider is a process-wide global too
     propagate.set_global_textmap(TRACE_CONTEXT)
+    baggage.allow(baggage_keys)
     if not os.environ.get(ENDPOINT_VARIABLE):
         return
     resource = Resource.create(
@@ -52,7 +62,9 @@ def start(service: str, role: str) -> None:
             "taskmesh.role": role,
         }
     )
-    _provider = TracerProvider(resource=resource)
+    _provider = TracerProvider(resource=resource, id_generator=PromisedIds())
+    # What `OTEL_TRACES_SAMPLER` chooses; parent-based unless it says otherwise.
+    _provider.sampler = PromisedSampling(_provider.sampler)
     _provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(_provider)
 
@@ -75,7 +87,12 @@ def release() -> str:
 
 def tracer() -> Tracer:
     """The mesh's tracer."""
-    return trace.get_tracer("taskmesh", release())
+    return trace.get_tracer("taskmesh", release(), schema_url=SCHEMA_URL)
+
+
+def is_exporting() -> bool:
+    """True if this process exports spans."""
+    return _provider is not None
 
 
 def meter() -> Meter:

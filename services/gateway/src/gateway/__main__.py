@@ -99,7 +99,7 @@ def serve(settings: ApiSettings) -> None:
     logs.configure(settings.log_format, settings.log_level, SERVICE, "api")
     # It tells of its own coming and going only.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    telemetry.start(SERVICE, "api")
+    telemetry.start(SERVICE, "api", baggage_keys=settings.baggage_allowed)
     health = Health(settings.health_dir, f"{SERVICE}-api")
     app = create_app(settings, health)
 
@@ -232,7 +232,7 @@ def _scopes(text: str) -> list[Scope]:
 def _run(role: str, settings: ServiceSettings, work: Callable[[asyncio.Event], Awaitable[None]]) -> None:
     """Run a role that has no server of its own, until SIGTERM or SIGINT."""
     logs.configure(settings.log_format, settings.log_level, SERVICE, role)
-    telemetry.start(SERVICE, role)
+    telemetry.start(SERVICE, role, baggage_keys=settings.baggage_allowed)
 
     async def until_stopped() -> None:
         stop = asyncio.Event()

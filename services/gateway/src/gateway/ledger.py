@@ -17,10 +17,11 @@ from sqlalchemy import ColumnElement, Row, Select, and_, func, literal, select, 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.models import TASKS_CHANNEL, task_events, tasks
-from gateway.new_tasks import NewTask, trace_id_of
+from gateway.new_tasks import NewTask
 from gateway.progress import BEFORE_EVERYTHING, Progress, place_of
 from taskmesh.contracts.lifecycle import TERMINAL, LifecycleEvent, TaskState
 from taskmesh.errors import NotFound
+from taskmesh.traces import Creation
 
 # NOTIFY takes fewer than 8000 bytes; a root id in hexadecimal and its comma are 33.
 ROOTS_A_NOTIFICATION: Final = 240
@@ -56,8 +57,8 @@ _SUBMIT = text(
             id uuid, type text, kind text, state text, service text, version integer, payload jsonb, priority smallint,
             tags text[], parent_id uuid, root_id uuid, event_id uuid, schedule_id uuid, api_key_id uuid,
             created_at timestamptz, due_at timestamptz, expires_at timestamptz, queued_at timestamptz,
-            updated_at timestamptz, trace_id text, retry_of uuid, exchange text, routing_key text, mandatory boolean,
-            headers jsonb, properties jsonb, body text)
+            updated_at timestamptz, trace_id text, span_id text, retry_of uuid, exchange text, routing_key text,
+            mandatory boolean, headers jsonb, properties jsonb, body text)
     ), messages as (
         -- At once means now() by the database's clock, which is also the relay's.
         insert into outbox (due_at, exchange, routing_key, mandatory, headers, properties, body, task_id, expires_at)
@@ -67,9 +68,10 @@ _SUBMIT = text(
     ), new as (
         insert into tasks (id, type, kind, state, service, version, payload, priority, tags, parent_id, root_id,
                            event_id, schedule_id, api_key_id, created_at, due_at, expires_at, queued_at, updated_at,
-                           trace_id, retry_of)
+                           trace_id, span_id, retry_of)
         select id, type, kind, state, service, version, payload, priority, tags, parent_id, root_id, event_id,
-               schedule_id, api_key_id, created_at, due_at, expires_at, queued_at, updated_at, trace_id, retry_of
+               schedule_id, api_key_id, created_at, due_at, expires_at, queued_at, updated_at, trace_id, span_id,
+               retry_of
         from given
         returning id, root_id, state, attempt, created_at, due_at
     )
@@ -187,12 +189,12 @@ async def count_unfinished(connection: AsyncConnection, root_id: UUID, *, task_i
 _INSERT_UNKNOWN = text(
     """
     insert into tasks (id, type, kind, state, sequence, service, parent_id, root_id, event_id, expires_at,
-                       created_at, updated_at, trace_id)
+                       created_at, updated_at, trace_id, span_id)
     select id, type, kind, 'queued', :before_everything, service, parent_id, root_id, event_id, expires_at,
-           at, at, trace_id
+           at, at, trace_id, span_id
     from json_to_recordset(cast(:rows as json)) as r(
         id uuid, type text, kind text, service text, parent_id uuid, root_id uuid, event_id uuid,
-        expires_at timestamptz, at timestamptz, trace_id text)
+        expires_at timestamptz, at timestamptz, trace_id text, span_id text)
     where not exists (select from tasks where tasks.id = r.id)
     order by id
     on conflict (id) do nothing
@@ -277,6 +279,7 @@ def _introductions(events: Iterable[LifecycleEvent]) -> list[dict[str, Any]]:
     for event in events:
         row = rows.get(event.task_id)
         if row is None:
+            creation = Creation(event.traceparent)
             rows[event.task_id] = {
                 "id": event.task_id,
                 "type": event.type,
@@ -287,7 +290,8 @@ def _introductions(events: Iterable[LifecycleEvent]) -> list[dict[str, Any]]:
                 "event_id": event.event_id,
                 "expires_at": event.expires_at,
                 "at": event.at,
-                "trace_id": trace_id_of(event.traceparent),
+                "trace_id": creation.trace_id,
+                "span_id": creation.span_id,
             }
         else:
             row["at"] = min(row["at"], event.at)

@@ -78,7 +78,9 @@ tasks = Table(
     Column("started_at", DateTime(timezone=True)),
     Column("finished_at", DateTime(timezone=True)),
     Column("updated_at", DateTime(timezone=True), nullable=False),
+    # The trace, and the span in it, that the task's message was created under.
     Column("trace_id", Text),
+    Column("span_id", Text),
     Column("cancel_requested_at", DateTime(timezone=True)),
     # The API key.
     Column("cancel_requested_by", Uuid),
@@ -224,6 +226,8 @@ schedules = Table(
     Column("last_error", Text),
     Column("retry_at", DateTime(timezone=True)),
     Column("paused_at", DateTime(timezone=True)),
+    # The span of the request that made or last replaced it; NULL for an announced one.
+    Column("traceparent", Text),
     # The service that announced it; NULL for a schedule made over HTTP.
     Column("owner", Text),
     Column("api_key_id", Uuid),

@@ -13,6 +13,7 @@ from taskmesh import celery_protocol
 from taskmesh.celery_protocol import TaskMessage
 from taskmesh.contracts.lifecycle import TaskKind, TaskState
 from taskmesh.outbox import OutboxMessage
+from taskmesh.traces import Creation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +22,7 @@ class NewTask:
 
     Attributes:
         due_at: Not published before; None means at once.
-        traceparent: The creation context that its message carries.
+        creation: The trace context that its message is created under.
         root_id: None makes it its own root.
         event_id: The event that it handles, if it is a listener's task.
         retry_of: The task that this one is another try of.
@@ -39,7 +40,7 @@ class NewTask:
     tags: Sequence[str] = ()
     schedule_id: UUID | None = None
     api_key_id: UUID | None = None
-    traceparent: str | None = None
+    creation: Creation = field(default_factory=Creation)
     kind: TaskKind = TaskKind.COMMAND
     root_id: UUID | None = None
     parent_id: UUID | None = None
@@ -79,7 +80,8 @@ class NewTask:
             "started_at": None,
             "finished_at": None,
             "updated_at": self.created_at,
-            "trace_id": trace_id_of(self.traceparent),
+            "trace_id": self.creation.trace_id,
+            "span_id": self.creation.span_id,
             "cancel_requested_at": None,
             "cancel_reason": None,
             "retry_of": self.retry_of,
@@ -97,7 +99,9 @@ class NewTask:
             parent_id=self.parent_id,
             expires_at=self.expires_at,
             priority=self.priority,
-            traceparent=self.traceparent,
+            traceparent=self.creation.traceparent,
+            trace_links=self.creation.links,
+            baggage=self.creation.baggage,
             version=self.version,
         )
         if self.kind is TaskKind.EVENT:
@@ -105,9 +109,3 @@ class NewTask:
                 message, service=self.service, event_id=self.event_id or self.id, due_at=self.due_at
             )
         return celery_protocol.command(message, due_at=self.due_at)
-
-
-def trace_id_of(traceparent: str | None) -> str | None:
-    """The trace id inside a W3C traceparent."""
-    parts = (traceparent or "").split("-")
-    return parts[1] if len(parts) >= 4 and len(parts[1]) == 32 else None

@@ -15,8 +15,8 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Any, Final
 
-from opentelemetry import trace
-from opentelemetry.trace import Link, SpanKind
+from opentelemetry.context import Context
+from opentelemetry.trace import SpanKind
 from pydantic import ValidationError
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -26,7 +26,7 @@ from gateway.catalogue import Catalogue
 from gateway.dead_letters import diagnosing, letter, store
 from gateway.dead_letters.letter import DeadLetter
 from gateway.transactions import transaction
-from taskmesh import celery_protocol, lifecycle, telemetry
+from taskmesh import celery_protocol, lifecycle, telemetry, traces
 from taskmesh.consuming import Delivery
 from taskmesh.contracts.control import Sightings
 from taskmesh.contracts.lifecycle import LifecycleEvent, TaskFailure
@@ -38,8 +38,6 @@ from taskmesh.topology import DEAD_QUEUE, LIFECYCLE_QUEUE
 logger = logging.getLogger(__name__)
 
 MANIFEST_KEY: Final = "manifest."
-MAX_LINKS: Final = 128
-"""What OpenTelemetry's SDK keeps of a span's links."""
 HOUSEKEEPING_SECONDS: Final = 600.0
 FORGOTTEN_AT_ONCE: Final = 10_000
 """Keys deleted in one transaction: a long backlog must not run into the statement's time limit and stay for good."""
@@ -275,14 +273,11 @@ def _fault(error: ValidationError) -> str:
 def _span(deliveries: Sequence[Delivery], batch: _Batch) -> contextlib.AbstractContextManager[Any]:
     """One span for the batch, with a link to the trace of each task: a span has one parent, and these are many."""
     traceparents = {event.traceparent for event in batch.events if event.traceparent}
-    contexts = [
-        trace.get_current_span(telemetry.extract({"traceparent": traceparent})).get_span_context()
-        for traceparent in sorted(traceparents)[:MAX_LINKS]
-    ]
     return telemetry.tracer().start_as_current_span(
         f"process {deliveries[0].queue}",
+        Context(),
         kind=SpanKind.CONSUMER,
-        links=[Link(context) for context in contexts if context.is_valid],
+        links=traces.members(traceparents),
         attributes={
             "messaging.system": "rabbitmq",
             "messaging.operation.name": "process",

@@ -10,14 +10,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
 
-from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from sqlalchemy import Row, func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.models import tasks, unaccounted_tasks
 from gateway.sightings import Seen
 from gateway.unaccounted import Record
-from taskmesh import celery_protocol
+from taskmesh import celery_protocol, traces
 from taskmesh.celery_protocol import REPLACEMENT_STRIDE, TaskMessage
 from taskmesh.contracts.lifecycle import TERMINAL, TaskKind
 from taskmesh.outbox import OutboxMessage, insert_messages, outbox
@@ -27,8 +26,6 @@ AT_ONCE: Final = 100
 
 FIRST_PAUSE: Final = timedelta(minutes=1)
 LONGEST_PAUSE: Final = timedelta(hours=1)
-
-_span_ids = RandomIdGenerator()
 
 
 def is_due(record: Record, now: datetime) -> bool:
@@ -86,7 +83,7 @@ def _message(task: Row[Any], seen: Seen, now: datetime) -> OutboxMessage | None:
         retries=place,
         expires_at=task.expires_at,
         priority=task.priority,
-        traceparent=f"00-{task.trace_id}-{_span_ids.generate_span_id():016x}-01" if task.trace_id else None,
+        traceparent=traces.traceparent(task.trace_id, task.span_id),
         version=task.version,
     )
     due_at = task.due_at if task.due_at is not None and task.due_at.astimezone(UTC) > now else None

@@ -21,8 +21,10 @@ from gateway.identifiers import uuid7
 from gateway.models import dead_letters, tasks
 from gateway.new_tasks import NewTask
 from gateway.problems import Problem
+from taskmesh import traces
 from taskmesh.contracts.lifecycle import TaskKind, TaskState
 from taskmesh.errors import ConflictError
+from taskmesh.traces import Relation
 
 RETRIABLE: Final = frozenset({TaskState.FAILED, TaskState.CANCELLED, TaskState.EXPIRED})
 """How a task must have ended for somebody to want it tried again."""
@@ -55,6 +57,7 @@ class Origin:
         retry_of: The task that ended; None if it had no id that could be read.
         root_id: None makes the new task a root of its own.
         event_id: For kind `event`: the event that is handled. None lets the new task's id stand for it.
+        traceparent: What its message was created under.
     """
 
     type: str
@@ -68,6 +71,7 @@ class Origin:
     event_id: UUID | None = None
     priority: int | None = None
     tags: Sequence[str] = ()
+    traceparent: str | None = None
 
 
 async def retry(
@@ -78,7 +82,6 @@ async def retry(
     version: int | None = None,
     due_at: datetime | None = None,
     api_key_id: UUID | None = None,
-    traceparent: str | None = None,
 ) -> NewTask:
     """Try a task again that failed, was cancelled or expired; of one that was tried again before, the newest try.
 
@@ -99,7 +102,7 @@ async def retry(
     origin = origin_of(last, payload_for(last, payload))
     if version is not None:
         origin = replace(origin, version=version)
-    return await submit_again(connection, origin, due_at=due_at, api_key_id=api_key_id, traceparent=traceparent)
+    return await submit_again(connection, origin, due_at=due_at, api_key_id=api_key_id)
 
 
 def payload_for(task: Row[Any], given: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -128,6 +131,7 @@ def origin_of(task: Row[Any], payload: Mapping[str, Any]) -> Origin:
         event_id=task.event_id,
         priority=task.priority,
         tags=task.tags,
+        traceparent=traces.traceparent(task.trace_id, task.span_id),
     )
 
 
@@ -137,7 +141,6 @@ async def submit_again(
     *,
     due_at: datetime | None = None,
     api_key_id: UUID | None = None,
-    traceparent: str | None = None,
 ) -> NewTask:
     """Write the new task with its message, link the old one to it, and see its open dead letters as replayed.
 
@@ -163,7 +166,7 @@ async def submit_again(
         priority=origin.priority,
         tags=origin.tags,
         api_key_id=api_key_id,
-        traceparent=traceparent,
+        creation=traces.beginning(Relation.RETRIED, of=origin.traceparent),
     )
     # The root's lock keeps the numbers of a tree's timeline in the order of their commits.
     await ledger.lock(connection, [root_id, *([origin.retry_of] if origin.retry_of else [])])

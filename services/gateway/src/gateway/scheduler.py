@@ -16,7 +16,6 @@ from uuid import UUID, uuid5
 
 import psycopg
 from opentelemetry.context import Context
-from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from sqlalchemy import func, or_, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -27,14 +26,13 @@ from gateway.schedules import Fire, Misfire, Outcome, Overlap, Reason, Schedule
 from gateway.settings import SchedulerSettings
 from gateway.timetable import Timetable
 from gateway.transactions import CONNECT_SECONDS, open_engine, transaction
-from taskmesh import telemetry
+from taskmesh import telemetry, traces
 from taskmesh.contracts.lifecycle import TERMINAL
 from taskmesh.database import is_unavailable
 from taskmesh.errors import DatabaseUnavailable
 from taskmesh.health import Health
 
 logger = logging.getLogger(__name__)
-_trace_ids = RandomIdGenerator()
 
 GRACE = timedelta(seconds=5)
 """A fire this late is on time: a busy machine or a database that restarts is not downtime."""
@@ -317,7 +315,9 @@ def _task(schedule: Schedule, fire: Fire, owner: TypeOwner | None) -> NewTask:
         "taskmesh.task.type": schedule.type,
     }
     # Each fire begins a trace of its own.
-    with telemetry.tracer().start_as_current_span("fire schedule", Context(), attributes=attributes):
+    links = traces.links_to({"schedule_of": schedule.traceparent} if schedule.traceparent else {})
+    with telemetry.tracer().start_as_current_span("fire schedule", Context(), attributes=attributes, links=links):
+        creation = traces.going_on()
         return NewTask(
             id=fire.task_id,
             type=schedule.type,
@@ -329,13 +329,8 @@ def _task(schedule: Schedule, fire: Fire, owner: TypeOwner | None) -> NewTask:
             schedule_id=schedule.id,
             api_key_id=schedule.api_key_id,
             created_at=fire.fired_at,
-            traceparent=telemetry.current_traceparent() or _unrecorded_traceparent(),
+            creation=creation if creation.traceparent else traces.unrecorded(),
         )
-
-
-def _unrecorded_traceparent() -> str:
-    # A trace id costs nothing and links the task's log lines; its flags say that nobody records it.
-    return f"00-{_trace_ids.generate_trace_id():032x}-{_trace_ids.generate_span_id():016x}-00"
 
 
 _FIND_TYPE = text(

@@ -23,6 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from gateway import models
 from gateway.identifiers import uuid7
 from gateway.timetable import InvalidTimetable, Timetable
+from taskmesh import telemetry
 from taskmesh.contracts.manifest import Manifest, ScheduleManifest
 from taskmesh.errors import ConflictError, NotFound
 
@@ -124,6 +125,7 @@ class Schedule(Definition):
     last_error: str | None = None
     retry_at: datetime | None = None
     paused_at: datetime | None = None
+    traceparent: str | None = None
     owner: str | None = None
     api_key_id: UUID | None = None
 
@@ -189,6 +191,7 @@ def draft(definition: Definition, *, now: datetime, api_key_id: UUID | None = No
         updated_at=now,
         next_fire_at=None if definition.paused else next_fire_at,
         paused_at=now if definition.paused else None,
+        traceparent=telemetry.current_traceparent(),
         **{field_.name: getattr(definition, field_.name) for field_ in fields(Definition)},
     )
 
@@ -316,6 +319,7 @@ async def change(connection: AsyncConnection, schedule: Schedule, definition: De
     elif schedule.paused != definition.paused:
         state = _pause(now) if definition.paused else _resume(schedule, now)
     try:
+        state["traceparent"] = telemetry.current_traceparent()
         return await _update(connection, schedule.id, updated_at=now, **_columns(definition), **state)
     except IntegrityError as error:
         raise _name_taken() from error
@@ -405,7 +409,7 @@ async def _put_announced(
         # Another projector may have stored it since we looked.
         with suppress(ConflictError):
             identity = uuid5(ANNOUNCED, definition.name)
-            await store(connection, replace(draft(definition, now=now), id=identity, owner=service))
+            await store(connection, replace(draft(definition, now=now), id=identity, owner=service, traceparent=None))
         return
     wanted = _columns(definition)
     changed = {name for name in wanted if getattr(known, name) != wanted[name]}

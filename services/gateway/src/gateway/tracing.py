@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
 from fastapi import FastAPI
 from opentelemetry import context, trace
 from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
+from opentelemetry.trace import NonRecordingSpan, SpanContext, StatusCode, TraceFlags
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from taskmesh import telemetry
+from gateway.transactions import transaction
+from taskmesh import baggage, telemetry
 
 HEADER = "Taskmesh-Trace-Id"
 
@@ -30,9 +35,11 @@ class TraceHeader:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        token = None
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        within = baggage.extract(headers, context.get_current())
         if not trace.get_current_span().get_span_context().is_valid:
-            token = context.attach(trace.set_span_in_context(NonRecordingSpan(_context_of(scope))))
+            within = trace.set_span_in_context(NonRecordingSpan(_context_of(headers)), within)
+        token = context.attach(within)
         trace_id = (telemetry.current_trace_id() or "").encode()
 
         async def named(message: Message) -> None:
@@ -43,16 +50,32 @@ class TraceHeader:
         try:
             await self._app(scope, receive, named)
         finally:
-            if token is not None:
-                context.detach(token)
+            context.detach(token)
 
 
-def _context_of(scope: Scope) -> SpanContext:
-    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+def _context_of(headers: Mapping[str, str]) -> SpanContext:
     remote = trace.get_current_span(telemetry.extract(headers)).get_span_context()
     if remote.is_valid:
         return remote
     return SpanContext(_ids.generate_trace_id(), _ids.generate_span_id(), is_remote=False, trace_flags=TraceFlags(0))
+
+
+@asynccontextmanager
+async def ledger_transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """A `transaction` that changes what becomes of tasks, with a span of its own.
+
+    The span is not the current one: what the transaction writes was asked for by the request.
+    """
+    span = telemetry.tracer().start_span("ledger transaction")
+    try:
+        async with transaction(engine) as connection:
+            yield connection
+    except BaseException as error:
+        span.set_attribute("error.type", type(error).__qualname__)
+        span.set_status(StatusCode.ERROR)
+        raise
+    finally:
+        span.end()
 
 
 def instrument(app: FastAPI) -> None:

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from pydantic.errors import PydanticUserError
 from sqlalchemy import Connection, Engine, text
 
-from taskmesh import celery_protocol, exchanges, telemetry
+from taskmesh import celery_protocol, exchanges, telemetry, traces
 from taskmesh.celery_protocol import REDACTED
 from taskmesh.contracts import Contract, Event
 from taskmesh.contracts._base import TYPE_PATTERN
@@ -280,7 +280,7 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
             type=task.name,
             kind=kind,
             version=contract.version if contract else 1,
-            queue=queue_of(self.service, kind),
+            queue=exchanges.queue_of(self.service, kind),
             title=title,
             description=" ".join(rest.split()),
             payload_schema=contract.model_json_schema() if contract else _schema_of(task),
@@ -313,8 +313,9 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
         options["argsrepr"] = options["kwargsrepr"] = REDACTED
         unit = units.current()
         self._address(name, options, unit)
-        headers = options["headers"] = self._headers(name, options)
         due_at = self._due_at(options.pop("countdown", None), options.pop("eta", None))
+        # Outside a task no relay of ours would begin the trace.
+        headers = options["headers"] = self._headers(name, options, due_at if unit else None)
         if unit is None:
             # Outside a task there is no transaction: publish at once, confirmed, and let the worker wait in its outbox.
             if due_at:
@@ -342,21 +343,23 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
         if request is not None and options["task_id"] == request.id and name == self.current_worker_task.name:
             # A retry goes back to the queue that it came from: an event's other listeners must not see it again.
             kind = TaskKind((request.headers or {}).get(celery_protocol.KIND_HEADER, TaskKind.COMMAND))
-            options["exchange"], options["routing_key"] = exchanges.DIRECT, queue_of(self.service, kind)
+            options["exchange"], options["routing_key"] = exchanges.DIRECT, exchanges.queue_of(self.service, kind)
             options.pop("queue", None)
             return
         if not options.get("queue") and not options.get("exchange"):
             options["exchange"], options["routing_key"] = exchanges.COMMANDS, name
 
-    def _headers(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    def _headers(self, name: str, options: dict[str, Any], due_at: datetime | None) -> dict[str, Any]:
         given = options.get("headers") or {}
         # The broker's own marks describe the old delivery; RabbitMQ 3.10 drops a message that still carries `x-death`.
-        headers = {key: value for key, value in given.items() if not key.startswith("x-")}
-        headers.pop(celery_protocol.ETA_HEADER, None)
+        headers = {
+            key: value
+            for key, value in given.items()
+            if not key.startswith("x-") and key not in celery_protocol.OF_ONE_MESSAGE
+        }
         headers.setdefault(celery_protocol.KIND_HEADER, TaskKind.COMMAND.value)
-        traceparent = telemetry.current_traceparent()
-        if traceparent:
-            headers.setdefault("traceparent", traceparent)
+        if "traceparent" not in headers:
+            headers |= traces.due(due_at).headers()
         expires_at = self._expires_at(options.pop("expires", None) or getattr(self.tasks.get(name), "expires", None))
         # Celery would turn `expires` into a TTL that counts from publishing, and acknowledge expired tasks unseen.
         options["expires"] = None
@@ -426,11 +429,6 @@ def configuration(service: str, settings: WorkerSettings, *, listens: bool) -> d
 def kind_of(task: MeshTask) -> TaskKind:
     """An event's task listens; every other is a command's."""
     return TaskKind.EVENT if task.contract and issubclass(task.contract, Event) else TaskKind.COMMAND
-
-
-def queue_of(service: str, kind: TaskKind) -> str:
-    """Events have a queue of their own, so that a flood of them does not delay commands."""
-    return f"{service}.events" if kind is TaskKind.EVENT else service
 
 
 def _require_uuid(name: str, task_id: str) -> None:

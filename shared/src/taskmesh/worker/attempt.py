@@ -13,25 +13,27 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 from uuid import UUID
 
 from celery.canvas import maybe_signature
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
-from opentelemetry.trace import Span, SpanKind, StatusCode
 from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 
-from taskmesh import celery_protocol, inbox, lifecycle, logs, outbox, telemetry
+from taskmesh import celery_protocol, exchanges, inbox, lifecycle, logs, outbox, traces
 from taskmesh.contracts.lifecycle import LifecycleEvent, TaskFailure, TaskKind, TaskState
 from taskmesh.database import is_unavailable
 from taskmesh.errors import ContractViolation, PermanentError, TaskCancelled
 from taskmesh.inbox import InboxState
 from taskmesh.outbox import OutboxMessage
+from taskmesh.traces import Relation
 from taskmesh.worker import unit as units
 from taskmesh.worker.failures import Poison, describe, describe_violation, qualified_name
 from taskmesh.worker.reports import started
+from taskmesh.worker.spans import AttemptSpan
 from taskmesh.worker.unit import AlreadySettled, Key, Unit
 from taskmesh.worker.values import PAYLOAD_MAX_BYTES, bounded, celery_payload, plain
 
@@ -46,6 +48,9 @@ WORKER_NAME = socket.gethostname()
 # that lost its database waits for it here, until its soft time limit, before it gives the message back.
 RERUNS = 25
 RERUN_WAIT_MAX_SECONDS = 30.0
+
+WORKER_LOST = "worker_lost"
+"""Why a task is tried again whose attempt came to no end."""
 
 # How often the worker of a task without a limit of its own may be lost before the task is called poison.
 LOSSES_MAX = 10
@@ -116,7 +121,7 @@ class Attempt:
         """How many earlier starts came to no end: their worker was killed, or ran out of memory or time."""
         return max(0, self.starts - 1 - self.retries)
 
-    def _run(self, span: Span) -> Any:
+    def _run(self, span: AttemptSpan) -> Any:
         """Run the task, and again each time that its database was lost."""
         for rerun in range(RERUNS):
             try:
@@ -127,10 +132,10 @@ class Attempt:
                 logger.warning("database unavailable; attempt waits", extra={"rerun": rerun})
             self.task.app.dispose_connections()
             time.sleep(min(RERUN_WAIT_MAX_SECONDS, 0.1 * 2**rerun) * random.uniform(0.5, 1))  # noqa: S311
-        span.set_status(StatusCode.ERROR, "database_unavailable")
+        span.fail("database_unavailable", "database_unavailable")
         raise Reject("database unavailable", requeue=True)
 
-    def _settled(self, span: Span) -> Any:
+    def _settled(self, span: AttemptSpan) -> Any:
         unit = Unit(Key(self.task_id, self.sequence), self.task.app.sessions)
         with units.running(unit), self._alone():
             try:
@@ -141,11 +146,13 @@ class Attempt:
                 self._cancel(unit, span)
             except Poison as error:
                 self._fail(unit, error, span, park=True)
-            span.set_attribute("taskmesh.task.attempt", self.attempt)
+            span.set("taskmesh.task.attempt", self.attempt)
+            if self.attempt > 1:
+                span.set("taskmesh.retry.reason", self._retry_reason())
             with logs.facts(attempt=self.attempt):
                 return self._execute(unit, span)
 
-    def _execute(self, unit: Unit, span: Span) -> Any:
+    def _execute(self, unit: Unit, span: AttemptSpan) -> Any:
         try:
             arguments, keywords = self._arguments()
             if self.task.transaction_mode == "whole":
@@ -182,8 +189,8 @@ class Attempt:
         finally:
             units.give_up(session)
 
-    def _skip(self, span: Span) -> NoReturn:
-        span.set_attribute("taskmesh.outcome", "duplicate")
+    def _skip(self, span: AttemptSpan) -> NoReturn:
+        span.set("taskmesh.outcome", "duplicate")
         logger.info("delivery skipped: the attempt is settled already", extra={"redeliveries": self.redeliveries})
         raise Settled
 
@@ -216,6 +223,13 @@ class Attempt:
                 f"started {self.starts} times, and {losses} times without an end: the task kills its worker,"
                 " uses up its memory or its time, or the worker was killed; no attempt is left"
             )
+
+    def _retry_reason(self) -> str:
+        """The code of what the attempt before came to."""
+        if self.redeliveries and self.losses:
+            return WORKER_LOST
+        reason = self.headers.get(celery_protocol.RETRY_REASON_HEADER)
+        return reason if isinstance(reason, str) else "unknown"
 
     def _spent(self, starts: int) -> bool:
         """True if no attempt is left after so many starts."""
@@ -266,7 +280,7 @@ class Attempt:
             following = maybe_signature(rest.pop(), app=self.task.app)
             following.apply_async((plain(result),), chain=rest, parent_id=request.id, root_id=request.root_id)
 
-    def _succeed(self, unit: Unit, result: Any, span: Span) -> Any:
+    def _succeed(self, unit: Unit, result: Any, span: AttemptSpan) -> Any:
         value = plain(result)
         try:
             bounded(value)
@@ -279,7 +293,7 @@ class Attempt:
                 raise
             # What the task left to be flushed, or a constraint that is checked at the commit: the effect was refused.
             self._fail(unit, error, span)
-        span.set_attribute("taskmesh.outcome", state)
+        span.set("taskmesh.outcome", state)
         if state == TaskState.SUCCEEDED:
             logger.info("task succeeded")
         else:
@@ -305,7 +319,7 @@ class Attempt:
         self._end_if_cancelled()
         return TaskState.RETRYING
 
-    def _settle_outcome(self, unit: Unit, outcome: BaseException, span: Span) -> NoReturn:
+    def _settle_outcome(self, unit: Unit, outcome: BaseException, span: AttemptSpan) -> NoReturn:
         """What Celery's own control exceptions mean."""
         if isinstance(outcome, Retry):
             self._retry(unit, outcome, span)
@@ -313,7 +327,7 @@ class Attempt:
             if isinstance(outcome.reason, SoftTimeLimitExceeded):
                 # It came while `retry` wrote the next attempt, and Celery takes that for a reason to park the message.
                 raise outcome.reason
-            span.set_attribute("taskmesh.outcome", "rejected")
+            span.set("taskmesh.outcome", "rejected")
             if outcome.requeue:
                 raise outcome
             reason = outcome.reason
@@ -326,7 +340,7 @@ class Attempt:
         self._succeed(unit, None, span)
         raise Settled
 
-    def _retry(self, unit: Unit, outcome: Retry, span: Span) -> NoReturn:
+    def _retry(self, unit: Unit, outcome: Retry, span: AttemptSpan) -> NoReturn:
         onward = self._own(unit.messages)
         if onward is None:
             self._fail(unit, RuntimeError("Retry was raised by hand; call self.retry()"), span)
@@ -335,14 +349,14 @@ class Attempt:
             self._fail(unit, cause or Poison("its worker was lost before, and no attempt is left"), span)
         failure = describe(cause) if cause else TaskFailure(code="retry", message="the task asked for a retry")
         due_at = _no_sooner(onward.due_at, cause)
-        onward = _with_due_at(onward, due_at)
+        onward = _tried_again(onward, due_at, reason=failure.code)
         report = self._report(TaskState.RETRYING, due_at=due_at, failure=failure)
         try:
             unit.settle_without_effect(InboxState.WAITING, [onward, report])
         except AlreadySettled:
             self._skip(span)
         self._mark(span, cause or outcome)
-        span.set_attribute("taskmesh.outcome", "retrying")
+        span.set("taskmesh.outcome", "retrying")
         logger.warning("attempt failed; task will be retried", extra={"code": failure.code, "due_at": due_at})
         self._end_if_cancelled()
         self._call(self.task.on_retry, outcome)
@@ -360,17 +374,17 @@ class Attempt:
                 session.commit()
                 logger.info("task cancelled")
 
-    def _cancel(self, unit: Unit, span: Span) -> NoReturn:
+    def _cancel(self, unit: Unit, span: AttemptSpan) -> NoReturn:
         unit.messages.clear()
         try:
             unit.settle_without_effect(InboxState.CANCELLED, [self._report(TaskState.CANCELLED)])
         except AlreadySettled:
             self._skip(span)
-        span.set_attribute("taskmesh.outcome", "cancelled")
+        span.set("taskmesh.outcome", "cancelled")
         logger.info("task cancelled")
         raise Settled
 
-    def _fail(self, unit: Unit, error: BaseException, span: Span, *, park: bool = False) -> NoReturn:
+    def _fail(self, unit: Unit, error: BaseException, span: AttemptSpan, *, park: bool = False) -> NoReturn:
         """End the task; with `park` its message goes to the dead letters, where a person sees it as it came."""
         unit.messages.clear()
         self._send_errbacks()
@@ -382,7 +396,7 @@ class Attempt:
         except AlreadySettled:
             self._skip(span)
         self._mark(span, error)
-        span.set_attribute("taskmesh.outcome", "dead-lettered" if park else "failed")
+        span.set("taskmesh.outcome", "dead-lettered" if park else "failed")
         logger.error("task failed", exc_info=error, extra={"code": failure.code, "losses": self.losses})
         self._call(self.task.on_failure, error)
         if park:
@@ -463,33 +477,27 @@ class Attempt:
             )
         )
 
-    def _span(self) -> Any:
+    def _span(self) -> AttemptSpan:
         delivery = self.request.delivery_info or {}
+        exchange, routing_key = delivery.get("exchange") or "", delivery.get("routing_key") or ""
+        queue = exchanges.queue_of(self.task.app.service, self.kind)
         attributes: dict[str, Any] = {
             "messaging.system": "rabbitmq",
             "messaging.operation.name": "process",
             "messaging.operation.type": "process",
-            "messaging.destination.name": delivery.get("exchange") or "",
-            "messaging.rabbitmq.destination.routing_key": delivery.get("routing_key") or "",
+            "messaging.destination.name": f"{exchange}:{routing_key}:{queue}",
+            "messaging.rabbitmq.destination.routing_key": routing_key,
             "messaging.message.id": self.request.id,
             "taskmesh.task.id": str(self.task_id),
             "taskmesh.task.type": self.task.name,
             "taskmesh.task.attempt": self.attempt,
             "taskmesh.task.redeliveries": self.redeliveries,
         }
-        return telemetry.tracer().start_as_current_span(
-            f"process {self.task.name}",
-            context=telemetry.extract(self.headers),
-            kind=SpanKind.CONSUMER,
-            attributes=attributes,
-            # Exceptions' texts may quote a payload, and Ignore is how a settled attempt leaves Celery.
-            record_exception=False,
-            set_status_on_exception=False,
-        )
+        slow_seconds = self.task.app.settings.slow_task_seconds
+        return AttemptSpan(self.task.name, self.headers, attributes, slow_seconds=slow_seconds)
 
-    def _mark(self, span: Span, error: BaseException) -> None:
-        span.set_status(StatusCode.ERROR, describe(error).code)
-        span.set_attribute("error.type", qualified_name(error))
+    def _mark(self, span: AttemptSpan, error: BaseException) -> None:
+        span.fail(describe(error).code, qualified_name(error))
 
 
 def _no_sooner(due_at: datetime | None, cause: BaseException | None) -> datetime | None:
@@ -501,18 +509,12 @@ def _no_sooner(due_at: datetime | None, cause: BaseException | None) -> datetime
     return max(due_at, earliest) if due_at else earliest
 
 
-def _with_due_at(message: OutboxMessage, due_at: datetime | None) -> OutboxMessage:
-    return OutboxMessage(
-        exchange=message.exchange,
-        routing_key=message.routing_key,
-        body=message.body,
-        headers=message.headers,
-        properties=message.properties,
-        mandatory=message.mandatory,
-        due_at=due_at,
-        expires_at=message.expires_at,
-        task_id=message.task_id,
-    )
+def _tried_again(message: OutboxMessage, due_at: datetime | None, *, reason: str) -> OutboxMessage:
+    """The message of the next attempt, in this one's trace unless it has to wait for long."""
+    headers = {**message.headers, celery_protocol.RETRY_REASON_HEADER: reason}
+    if due_at is not None and due_at - datetime.now(UTC) > traces.LONGEST_WAIT_IN_TRACE:
+        headers |= traces.beginning(Relation.RETRIED).headers()
+    return replace(message, headers=headers, due_at=due_at)
 
 
 def _time(value: Any) -> datetime | None:

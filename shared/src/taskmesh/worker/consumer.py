@@ -7,6 +7,7 @@ to a task or dead-lettered with its cause in the log, and no exception reaches t
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -315,6 +316,7 @@ class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
         """
         headers = message.headers
         task = celery_protocol.read(headers, message.payload)
+        headers[celery_protocol.RECEIVED_HEADER] = time.time_ns() // 1000
         expires = headers.pop("expires", None)
         if expires:
             headers.setdefault(celery_protocol.EXPIRES_HEADER, expires)

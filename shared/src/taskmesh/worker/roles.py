@@ -86,7 +86,7 @@ def work(app: WorkerApp, settings: WorkerSettings) -> int:
     signals.setup_logging.connect(lambda **_: None, weak=False)
 
     def start(**_: Any) -> None:
-        telemetry.start(f"{app.service}-worker", "worker")
+        telemetry.start(f"{app.service}-worker", "worker", baggage_keys=settings.baggage_allowed)
         try:
             app.start_process()
         except Exception as error:
@@ -137,7 +137,7 @@ async def relay(app: WorkerApp, settings: RelaySettings) -> None:
     from taskmesh.relay import Relay, ServiceHooks
 
     logs.configure(settings.log_format, settings.log_level, app.service, "relay")
-    telemetry.start(f"{app.service}-worker", "relay")
+    telemetry.start(f"{app.service}-worker", "relay", baggage_keys=settings.baggage_allowed)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

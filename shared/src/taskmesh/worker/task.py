@@ -13,7 +13,7 @@ from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from taskmesh import celery_protocol, lifecycle, outbox, telemetry
+from taskmesh import baggage, celery_protocol, lifecycle, outbox, telemetry
 from taskmesh.celery_protocol import TaskMessage
 from taskmesh.contracts import Command, Contract, Event
 from taskmesh.contracts.lifecycle import TaskKind
@@ -157,6 +157,7 @@ class MeshTask(Task):  # type: ignore[misc]  # Celery has no types
             root_id=UUID(request.root_id or request.id),
             parent_id=self.task_id,
             traceparent=telemetry.current_traceparent(),
+            baggage=baggage.current(),
             tenant=(request.headers or {}).get(celery_protocol.TENANT_HEADER),
             version=event.version,
         )
@@ -207,8 +208,8 @@ class MeshTask(Task):  # type: ignore[misc]  # Celery has no types
         """The running delivery again, at `due_at`, straight to the queue that it came from."""
         request = self.request
         options = request.as_execution_options()
-        headers = {key: value for key, value in options["headers"].items() if not key.startswith("x-")}
-        headers.pop(celery_protocol.ETA_HEADER, None)
+        # What waits for a time of its own begins a trace of its own.
+        options["headers"].pop("traceparent", None)
         unit = units.Unit(units.Key(self.task_id, 0), self.app.sessions)
         with units.running(unit):
             self.app.send_task(
@@ -216,7 +217,7 @@ class MeshTask(Task):  # type: ignore[misc]  # Celery has no types
                 args=list(request.args or ()),
                 kwargs=dict(request.kwargs or {}),
                 eta=max(due_at, datetime.now(UTC)),
-                **{**options, "headers": headers},
+                **options,
             )
         return unit.messages[0]
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from uuid import UUID
 
 import psycopg
+from opentelemetry.trace import Span
 from psycopg.pq import TransactionStatus
 from sqlalchemy import Connection, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, SessionTransaction
 
-from taskmesh import inbox, outbox
+from taskmesh import inbox, outbox, telemetry
 from taskmesh.inbox import InboxState
 from taskmesh.outbox import OutboxMessage
 from taskmesh.worker.watching import CancelWatch
@@ -70,6 +71,7 @@ class Unit:
         self._sessions = sessions
         self._session: TaskSession | None = None
         self._savepoint: SessionTransaction | None = None
+        self._span: Span | None = None
 
     @property
     def session(self) -> TaskSession:
@@ -89,6 +91,7 @@ class Unit:
 
     def _begin(self, state: InboxState) -> TaskSession:
         session = self._session = self._sessions()
+        self._span = telemetry.tracer().start_span("effect transaction")
         if not inbox.claim(session, self.key.task_id, self.key.sequence, state):
             raise AlreadySettled
         return session
@@ -109,9 +112,7 @@ class Unit:
             self._savepoint.commit()
         if state is not InboxState.SUCCEEDED:
             self._record(session, state, **({"starts": 0} if replaced else {}))
-        outbox.put(session, messages)
-        session.may_commit = True
-        session.commit()
+        self._commit(session, messages)
 
     def settle_without_effect(self, state: InboxState, messages: list[OutboxMessage]) -> None:
         """Undo what the task wrote, then commit the attempt's place in the inbox and the messages.
@@ -122,9 +123,20 @@ class Unit:
         self._undo()
         session = self._session or self._begin(state)
         self._record(session, state)
+        self._commit(session, messages)
+
+    def _commit(self, session: TaskSession, messages: list[OutboxMessage]) -> None:
         outbox.put(session, messages)
         session.may_commit = True
         session.commit()
+        self._end_span("committed", len(messages))
+
+    def _end_span(self, outcome: str, messages: int) -> None:
+        span, self._span = self._span, None
+        if span is not None:
+            span.set_attribute("taskmesh.transaction.outcome", outcome)
+            span.set_attribute("taskmesh.transaction.messages", messages)
+            span.end()
 
     def _record(self, session: TaskSession, state: InboxState, **values: int) -> None:
         mine = inbox.inbox.c.task_id == self.key.task_id
@@ -147,6 +159,7 @@ class Unit:
     def drop(self) -> None:
         """Give up the transaction, whatever state it is in."""
         session, self._session, self._savepoint = self._session, None, None
+        self._end_span("rolled back", 0)
         if session is not None:
             give_up(session)
 

@@ -12,12 +12,12 @@ from typing import Any, Final
 from uuid import UUID
 
 from gateway.dead_letters.storable import bounded, plain
-from gateway.new_tasks import trace_id_of
 from taskmesh import celery_protocol
 from taskmesh.celery_protocol import MalformedMessage, TaskMessage
 from taskmesh.consuming import Delivery
 from taskmesh.contracts.lifecycle import LifecycleEvent, TaskFailure, TaskKind, TaskState
 from taskmesh.topology import LIFECYCLE_QUEUE
+from taskmesh.traces import Creation
 
 EVENTS_SUFFIX: Final = ".events"
 CONTROL_SUFFIX: Final = ".control"
@@ -149,7 +149,7 @@ class DeadLetter:
 
     def _trace_id(self) -> str | None:
         traceparent = self.headers.get("traceparent")
-        return plain(trace_id_of(traceparent)) if isinstance(traceparent, str) else None
+        return plain(Creation(traceparent).trace_id) if isinstance(traceparent, str) else None
 
 
 def from_broker(delivery: Delivery) -> DeadLetter:

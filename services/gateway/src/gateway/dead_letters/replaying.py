@@ -26,11 +26,12 @@ from gateway.models import dead_letters, tasks
 from gateway.new_tasks import NewTask
 from gateway.problems import FieldError
 from gateway.retries import RETRIABLE
-from taskmesh import celery_protocol, exchanges
+from taskmesh import celery_protocol, exchanges, traces
 from taskmesh.celery_protocol import MalformedMessage, TaskMessage
 from taskmesh.contracts.lifecycle import TaskKind
 from taskmesh.outbox import OutboxMessage, insert_messages
 from taskmesh.topology import LIFECYCLE_QUEUE
+from taskmesh.traces import Relation
 
 LETTERS_AT_ONCE: Final = 200
 BYTES_AT_ONCE: Final = 8 * 1024 * 1024
@@ -63,7 +64,6 @@ class Order:
     """
 
     api_key_id: UUID
-    traceparent: str | None = None
     edit: Edit = Edit()
     rate_per_second: float | None = None
     dry_run: bool = False
@@ -328,7 +328,7 @@ def _new_task(
         priority=row.task_priority,
         tags=row.task_tags or (),
         api_key_id=order.api_key_id,
-        traceparent=order.traceparent,
+        creation=traces.beginning(Relation.REPLAYED, of=message.traceparent if message else None),
         created_at=order.begin,
     )
 

@@ -40,8 +40,8 @@ from gateway.dependencies import GatewayParts
 from gateway.problems import Problem, declare
 from gateway.schemas import TaskView
 from gateway.scopes import Scope
+from gateway.tracing import ledger_transaction
 from gateway.transactions import transaction
-from taskmesh import telemetry
 from taskmesh.errors import NotFound
 
 logger = logging.getLogger(__name__)
@@ -132,9 +132,9 @@ async def replay_dead_letter(
 ) -> ReplayView:
     """Send a dead letter again, once, as a new task that is linked to the old one."""
     edit = Edit(**request.model_dump()) if request else Edit()
-    order = Order(api_key_id=client.id, traceparent=telemetry.current_traceparent(), edit=edit)
+    order = Order(api_key_id=client.id, edit=edit)
     announced = await gateway.catalogue.current(max_age_seconds=0)
-    async with transaction(gateway.engine) as connection:
+    async with ledger_transaction(gateway.engine) as connection:
         _check_open(await listing.get(connection, letter_id))
         outcome = await replaying.replay(connection, [letter_id], announced, order)
         letter = await listing.get(connection, letter_id)
@@ -178,13 +178,12 @@ async def replay_dead_letters(
     """Send many open letters again, at most 10,000 in one request: all of them together, or none."""
     order = Order(
         api_key_id=client.id,
-        traceparent=telemetry.current_traceparent(),
         rate_per_second=request.rate_per_second,
         dry_run=request.dry_run,
     )
     wanted = request.filter.chosen(LetterState.OPEN)
     announced = await gateway.catalogue.current(max_age_seconds=0)
-    async with transaction(gateway.engine) as connection:
+    async with ledger_transaction(gateway.engine) as connection:
         matched = await listing.count(connection, wanted)
         chosen = await listing.matching(connection, wanted, limit=request.limit)
         outcome = await replaying.replay(connection, chosen, announced, order)

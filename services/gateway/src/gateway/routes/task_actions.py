@@ -20,6 +20,7 @@ from gateway.problems import declare
 from gateway.routes.preferences import Prefer, wait_seconds
 from gateway.routes.tasks import IdempotencyKey
 from gateway.schemas import TaskView, Utc
+from gateway.tracing import ledger_transaction
 from gateway.transactions import transaction
 from taskmesh import telemetry
 from taskmesh.contracts.lifecycle import TaskKind, TaskState
@@ -108,7 +109,7 @@ async def cancel_task(
     asked = request or CancelRequest()
     wish = Wish(by=client.id, reason=asked.reason, force=asked.force)
     allowed = asked.force and await _force_allowed(gateway, task_id)
-    async with transaction(gateway.engine) as connection:
+    async with ledger_transaction(gateway.engine) as connection:
         outcome, task = await cancelling.cancel(
             connection, task_id, wish, force_allowed=allowed, traceparent=telemetry.current_traceparent()
         )
@@ -201,14 +202,13 @@ async def _retry(gateway: Gateway, client: Client, key: str | None, asked: _Retr
         payload = retries.payload_for(last, asked.payload)
     # Outside the transaction, for the catalogue reads on a connection of its own; a payload does not change.
     known = await retries.check(gateway.catalogue, retries.origin_of(last, payload))
-    async with transaction(gateway.engine) as connection:
+    async with ledger_transaction(gateway.engine) as connection:
         new = await retries.retry(
             connection,
             asked.task_id,
             payload=payload,
             version=known.manifest.version,
             api_key_id=client.id,
-            traceparent=telemetry.current_traceparent(),
         )
         view = TaskView.of(new.row())
         body = (view if client.may_read(last) else view.without_contents()).model_dump_json().encode()

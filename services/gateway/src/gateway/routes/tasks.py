@@ -36,8 +36,9 @@ from gateway.schemas import (
     decode_cursor,
     encode_cursor,
 )
+from gateway.tracing import ledger_transaction
 from gateway.transactions import transaction
-from taskmesh import telemetry
+from taskmesh import traces
 from taskmesh.contracts.lifecycle import TaskState
 from taskmesh.errors import DatabaseUnavailable
 
@@ -298,18 +299,19 @@ def _check_batch(submissions: Sequence[TaskSubmission], snapshot: Snapshot) -> N
 
 def _new_task(submission: TaskSubmission, known: KnownType, client: Client) -> NewTask:
     now = datetime.now(UTC)
+    due_at = submission.due_at(now)
     return NewTask(
         type=known.type,
         service=known.service,
         version=known.manifest.version,
         payload=submission.payload,
         created_at=now,
-        due_at=submission.due_at(now),
+        due_at=due_at,
         expires_at=submission.expires_at,
         priority=submission.priority,
         tags=submission.tags,
         api_key_id=client.id,
-        traceparent=telemetry.current_traceparent(),
+        creation=traces.due(due_at),
     )
 
 
@@ -323,7 +325,7 @@ async def _accept(
     body: bytes,
 ) -> _Accepted:
     """Commit tasks, or find the answer that the same request got before."""
-    async with transaction(gateway.engine) as connection:
+    async with ledger_transaction(gateway.engine) as connection:
         if key is not None:
             fingerprint = idempotency.fingerprint(request)
             first = await idempotency.claim(connection, client.id, key, request_sha256=fingerprint, response=body)
