@@ -83,8 +83,9 @@ class AttemptSpan:
         times = [
             (event, wait, at_us * 1000) for event, header, wait in WAITS if (at_us := _time_us(self._headers, header))
         ]
-        until = [at_ns for _, _, at_ns in times[1:]] + [self._begun_ns]
-        for (event, wait, at_ns), next_ns in zip(times, until, strict=True):
+        until = [*(at_ns for _, _, at_ns in times[1:]), self._begun_ns]
+        # A message of plain Celery says nothing but when it was received.
+        for (event, wait, at_ns), next_ns in zip(times, until, strict=False):
             span.add_event(event, timestamp=at_ns)
             # Clocks of two machines differ.
             span.set_attribute(wait, max(0.0, (next_ns - at_ns) / 1e6))
