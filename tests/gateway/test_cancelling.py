@@ -34,6 +34,14 @@ async def cancel(api, view: dict[str, Any], **request: Any) -> tuple[int, dict[s
     return response.status_code, response.json()
 
 
+async def cancel_in_the_end(api, view: dict[str, Any]) -> dict[str, Any]:
+    """As callers do, who come again when the gateway is too busy."""
+    while True:
+        status, answer = await cancel(api, view)
+        if status != 503:
+            return answer
+
+
 async def happened(api, view: dict[str, Any], state: TaskState, **fields: Any) -> None:
     """What the worker says of the task."""
     values = {"at": datetime.now(UTC), "service": "greeter", "type": view["type"]} | fields
@@ -299,14 +307,14 @@ async def test_fifty_cancellations_race_with_the_relay_and_no_task_is_lost(api, 
     views = [await api.submit() for _ in range(50)]
 
     async with _relaying(gateway_url, broker.amqp_url):
-        answers = await asyncio.gather(*(cancel(api, view) for view in views))
+        answers = await asyncio.gather(*(cancel_in_the_end(api, view) for view in views))
         await eventually(lambda: _is_empty(api))
 
-    outcomes = Counter(answer["outcome"] for _, answer in answers)
+    outcomes = Counter(answer["outcome"] for answer in answers)
     published, control = await _drain(broker.amqp_url, "greeter"), await _drain(broker.amqp_url, "greeter.control")
     assert outcomes["cancelled"] + outcomes["requested"] == 50
     # What ended here was not published; of everything else its service has the word.
-    ended = {view["id"] for view, (_, answer) in zip(views, answers, strict=True) if answer["outcome"] == "cancelled"}
+    ended = {view["id"] for view, answer in zip(views, answers, strict=True) if answer["outcome"] == "cancelled"}
     assert not ended & set(published)
     assert set(control) == {view["id"] for view in views} - ended
 

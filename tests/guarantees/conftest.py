@@ -156,6 +156,8 @@ def shared_ledger(postgres: str, shared_orders: Fragile, tmp_path_factory: pytes
     folder = tmp_path_factory.mktemp("gateway")
     urls = (shared_orders.amqp_url, shared_orders.management_url)
     with running_gateway(postgres, *urls, folder, "projector") as gateway:
+        # What it calls an unknown task depends on what it knows.
+        eventually(lambda: gateway.rows("select 1 from manifests where service = 'orders'"))
         yield gateway
 
 

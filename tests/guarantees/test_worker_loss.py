@@ -80,6 +80,16 @@ def test_hard_time_limit(orders: Fragile, ledger: Gateway) -> None:
     assert (orders.starts(task_id), orders.attempts(task_id)) == (2, 2)
 
 
+def test_worker_loss_between_a_failure_and_its_dead_letter(orders: Fragile, ledger: Gateway) -> None:
+    """The failure is committed and the process gone: the message still comes to the dead letters, and nothing runs."""
+    task_id = orders.send("orders.loss.parks")
+
+    assert ledger.outcome(task_id)["state"] == "failed"
+    [letter] = eventually(lambda: ledger.letters(task_id), explain=orders.end_of_log)
+    assert letter["reason"] == "rejected"
+    assert orders.starts(task_id) == 1
+
+
 def test_hung_task(orders: Fragile, ledger: Gateway) -> None:
     """A task that hangs in each of its runs ends `failed` after its own `max_attempts`."""
     task_id = orders.send("orders.loss.hang")

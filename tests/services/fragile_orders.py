@@ -11,7 +11,9 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+from celery.exceptions import Reject
 from sqlalchemy import text
 
 from orders import app, record
@@ -48,6 +50,27 @@ def whole(self: MeshTask) -> None:
     """Is held with its transaction open."""
     record(self, "done")
     hold(self)
+
+
+class DiesAfterParking(MeshTask):
+    """Its process dies when its failure is committed, and the broker does not know yet."""
+
+    abstract = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except Reject:
+            if not (self.request.headers or {}).get("x-delivery-count"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise
+
+
+@app.task(name="orders.loss.parks", bind=True, base=DiesAfterParking)
+def parks(self: MeshTask) -> None:
+    """Has its message parked."""
+    begin(self)
+    raise Reject("not for us", requeue=False)
 
 
 @app.task(name="orders.loss.last", bind=True, transaction="last")

@@ -59,6 +59,8 @@ inbox = Table(
     Column("started_at", DateTime(timezone=True)),
     # `host:pid` of the last start.
     Column("worker", Text),
+    # The task has failed, and its message is for the dead letters.
+    Column("parked", Boolean, nullable=False, server_default="false"),
 )
 
 cancellations = Table(
@@ -128,6 +130,12 @@ def check_in(
     starts = connection.execute(_CHECK_IN, parameters).scalar_one_or_none()
     # Asked afterwards, because the statement may have waited for a delivery that was cancelled meanwhile.
     return None if starts is None else CheckIn(starts, is_cancelled(connection, task_id))
+
+
+def is_parked(connection: Connection, task_id: UUID, sequence: int) -> bool:
+    """True if the message of that attempt is for the dead letters, and was not brought there: it has come again."""
+    statement = select(inbox.c.parked).where(inbox.c.task_id == task_id, inbox.c.sequence == sequence)
+    return bool(connection.execute(statement).scalar_one_or_none())
 
 
 def is_cancelled(connection: Connection | Session, task_id: UUID) -> bool:

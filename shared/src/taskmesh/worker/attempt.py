@@ -191,6 +191,11 @@ class Attempt:
 
     def _skip(self, span: AttemptSpan) -> NoReturn:
         span.set("taskmesh.outcome", "duplicate")
+        with self.task.app.autocommit() as connection:
+            if inbox.is_parked(connection, self.task_id, self.sequence):
+                # The process died after its commit, and before the broker was told.
+                logger.warning("message parked: its task has failed, and it had not come to the dead letters")
+                raise Reject("parked", requeue=False)
         logger.info("delivery skipped: the attempt is settled already", extra={"redeliveries": self.redeliveries})
         raise Settled
 
@@ -392,7 +397,7 @@ class Attempt:
         children = self._children(unit.messages)
         report = self._report(TaskState.FAILED, failure=failure, children=children, payload=self._payload())
         try:
-            unit.settle_without_effect(InboxState.FAILED, [*unit.messages, report])
+            unit.settle_without_effect(InboxState.FAILED, [*unit.messages, report], parked=park)
         except AlreadySettled:
             self._skip(span)
         self._mark(span, error)

@@ -114,15 +114,20 @@ class Unit:
             self._record(session, state, **({"starts": 0} if replaced else {}))
         self._commit(session, messages)
 
-    def settle_without_effect(self, state: InboxState, messages: list[OutboxMessage]) -> None:
+    def settle_without_effect(self, state: InboxState, messages: list[OutboxMessage], *, parked: bool = False) -> None:
         """Undo what the task wrote, then commit the attempt's place in the inbox and the messages.
+
+        Args:
+            state: What becomes of the attempt.
+            messages: What leaves with it.
+            parked: Its own message is for the dead letters.
 
         Raises:
             AlreadySettled: The inbox knows the attempt; possible only when its transaction was lost.
         """
         self._undo()
         session = self._session or self._begin(state)
-        self._record(session, state)
+        self._record(session, state, **({"parked": True} if parked else {}))
         self._commit(session, messages)
 
     def _commit(self, session: TaskSession, messages: list[OutboxMessage]) -> None:
