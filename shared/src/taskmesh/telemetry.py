@@ -14,45 +14,40 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
-from opentelemetry import context, metrics, propagate, trace
+from opentelemetry import context, propagate, trace
 from opentelemetry.context import Context
-from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.metrics import Meter
-from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from taskmesh.metrics import provider as metrics
+from taskmesh.settings import ServiceSettings
+
 ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
 TRACE_CONTEXT = TraceContextTextMapPropagator()
 
 _provider: TracerProvider | None = None
-_meters: MeterProvider | None = None
 
 
-def start(service: str, role: str) -> None:
+def start(service: str, role: str, settings: ServiceSettings | None = None) -> None:
     """Begin to record and export spans under `service.name`; in a pool child this starts the child's own exporter.
 
     Baggage is neither read nor sent: it would carry a caller's data through every service.
+
+    Args:
+        settings: Where metrics are shown; None in a pool child, whose parent exports them.
     """
     global _provider  # noqa: PLW0603 - OpenTelemetry's own provider is a process-wide global too
     propagate.set_global_textmap(TRACE_CONTEXT)
+    if settings is not None:
+        metrics.start(resource(service, role), release(), settings)
     if not os.environ.get(ENDPOINT_VARIABLE):
         return
-    resource = Resource.create(
-        {
-            "service.name": service,
-            "service.version": release(),
-            "service.instance.id": f"{socket.gethostname()}:{os.getpid()}",
-            "taskmesh.role": role,
-        }
-    )
-    _provider = TracerProvider(resource=resource)
+    _provider = TracerProvider(resource=resource(service, role))
     _provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(_provider)
 
@@ -61,8 +56,19 @@ def stop() -> None:
     """Export what is recorded; called last in an orderly shutdown."""
     if _provider is not None:
         _provider.shutdown()
-    if _meters is not None:
-        _meters.shutdown()
+    metrics.stop()
+
+
+def resource(service: str, role: str) -> Resource:
+    """Who this process is, in everything that it exports."""
+    return Resource.create(
+        {
+            "service.name": service,
+            "service.version": release(),
+            "service.instance.id": f"{socket.gethostname()}:{os.getpid()}",
+            "taskmesh.role": role,
+        }
+    )
 
 
 def release() -> str:
@@ -76,19 +82,6 @@ def release() -> str:
 def tracer() -> Tracer:
     """The mesh's tracer."""
     return trace.get_tracer("taskmesh", release())
-
-
-def meter() -> Meter:
-    """The mesh's meter. Metrics are exported from the first call on, every `OTEL_METRIC_EXPORT_INTERVAL` milliseconds.
-
-    A process that measures nothing has no thread for it, and pool children, which are forked, have none to lose.
-    """
-    global _meters  # noqa: PLW0603 - OpenTelemetry's own provider is a process-wide global too
-    if _meters is None and _provider is not None:
-        reader = PeriodicExportingMetricReader(OTLPMetricExporter())
-        _meters = MeterProvider([reader], resource=_provider.resource)
-        metrics.set_meter_provider(_meters)
-    return metrics.get_meter("taskmesh", release())
 
 
 def current_traceparent() -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from fastapi import FastAPI
 from opentelemetry import context, trace
 from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
@@ -12,6 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from taskmesh import telemetry
 
 HEADER = "Taskmesh-Trace-Id"
+
+# Read when the instrumentation begins: http.server.request.duration in seconds, and the attributes that go with it.
+os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
 
 _ids = RandomIdGenerator()
 

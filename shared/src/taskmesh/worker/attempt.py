@@ -76,6 +76,9 @@ class Attempt:
         self.retries: int = request.retries or 0
         # Of this task, this one included; 0 until the inbox has counted it.
         self.starts = 0
+        # What the delivery has come to, and the class of the error that it met; for spans and metrics.
+        self.outcome: str | None = None
+        self.error_type: str | None = None
 
     def run(self) -> Any:
         """Run the task and commit its outcome.
@@ -183,7 +186,7 @@ class Attempt:
             units.give_up(session)
 
     def _skip(self, span: Span) -> NoReturn:
-        span.set_attribute("taskmesh.outcome", "duplicate")
+        self._tell(span, "duplicate")
         logger.info("delivery skipped: the attempt is settled already", extra={"redeliveries": self.redeliveries})
         raise Settled
 
@@ -279,7 +282,7 @@ class Attempt:
                 raise
             # What the task left to be flushed, or a constraint that is checked at the commit: the effect was refused.
             self._fail(unit, error, span)
-        span.set_attribute("taskmesh.outcome", state)
+        self._tell(span, state)
         if state == TaskState.SUCCEEDED:
             logger.info("task succeeded")
         else:
@@ -313,7 +316,7 @@ class Attempt:
             if isinstance(outcome.reason, SoftTimeLimitExceeded):
                 # It came while `retry` wrote the next attempt, and Celery takes that for a reason to park the message.
                 raise outcome.reason
-            span.set_attribute("taskmesh.outcome", "rejected")
+            self._tell(span, "rejected")
             if outcome.requeue:
                 raise outcome
             reason = outcome.reason
@@ -342,7 +345,7 @@ class Attempt:
         except AlreadySettled:
             self._skip(span)
         self._mark(span, cause or outcome)
-        span.set_attribute("taskmesh.outcome", "retrying")
+        self._tell(span, "retrying")
         logger.warning("attempt failed; task will be retried", extra={"code": failure.code, "due_at": due_at})
         self._end_if_cancelled()
         self._call(self.task.on_retry, outcome)
@@ -366,7 +369,7 @@ class Attempt:
             unit.settle_without_effect(InboxState.CANCELLED, [self._report(TaskState.CANCELLED)])
         except AlreadySettled:
             self._skip(span)
-        span.set_attribute("taskmesh.outcome", "cancelled")
+        self._tell(span, "cancelled")
         logger.info("task cancelled")
         raise Settled
 
@@ -382,7 +385,7 @@ class Attempt:
         except AlreadySettled:
             self._skip(span)
         self._mark(span, error)
-        span.set_attribute("taskmesh.outcome", "dead-lettered" if park else "failed")
+        self._tell(span, "dead-lettered" if park else "failed")
         logger.error("task failed", exc_info=error, extra={"code": failure.code, "losses": self.losses})
         self._call(self.task.on_failure, error)
         if park:
@@ -488,8 +491,13 @@ class Attempt:
         )
 
     def _mark(self, span: Span, error: BaseException) -> None:
+        self.error_type = qualified_name(error)
         span.set_status(StatusCode.ERROR, describe(error).code)
-        span.set_attribute("error.type", qualified_name(error))
+        span.set_attribute("error.type", self.error_type)
+
+    def _tell(self, span: Span, outcome: str) -> None:
+        self.outcome = outcome
+        span.set_attribute("taskmesh.outcome", outcome)
 
 
 def _no_sooner(due_at: datetime | None, cause: BaseException | None) -> datetime | None:

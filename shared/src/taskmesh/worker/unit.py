@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -18,6 +19,8 @@ from taskmesh import inbox, outbox
 from taskmesh.inbox import InboxState
 from taskmesh.outbox import OutboxMessage
 from taskmesh.worker.watching import CancelWatch
+
+logger = logging.getLogger(__name__)
 
 CANCEL_SECONDS = 2.0
 
@@ -66,6 +69,7 @@ class Unit:
     def __init__(self, key: Key, sessions: Callable[[], TaskSession]) -> None:
         self.key = key
         self.messages: list[OutboxMessage] = []
+        self.after_commit: list[Callable[[], None]] = []
         self.watch: CancelWatch | None = None
         self._sessions = sessions
         self._session: TaskSession | None = None
@@ -112,6 +116,12 @@ class Unit:
         outbox.put(session, messages)
         session.may_commit = True
         session.commit()
+        for act in self.after_commit:
+            try:
+                act()
+            except Exception:
+                # The effect is committed, whatever is made of it.
+                logger.exception("hook failed", extra={"hook": "after_commit"})
 
     def settle_without_effect(self, state: InboxState, messages: list[OutboxMessage]) -> None:
         """Undo what the task wrote, then commit the attempt's place in the inbox and the messages.
