@@ -44,7 +44,6 @@ HTTP_ATTRIBUTES: Final = frozenset(
         "http.response.status_code",
         "url.scheme",
         "network.protocol.version",
-        "error.type",
     }
 )
 """Those of the FastAPI instrumentation whose values are few whatever callers send."""
