@@ -187,7 +187,7 @@ def orders_service(
     create_vhost(rabbitmq.management_url, name)
     amqp_url = in_vhost(rabbitmq.amqp_url, name)
     environment = {
-        **os.environ,
+        **{key: value for key, value in os.environ.items() if key != "OTEL_EXPORTER_OTLP_ENDPOINT"},
         "TASKMESH_DATABASE_URL": database_url,
         "TASKMESH_AMQP_URL": amqp_url,
         "TASKMESH_MANAGEMENT_URL": rabbitmq.management_url,
@@ -196,7 +196,6 @@ def orders_service(
         "TASKMESH_RELAY_POLL_SECONDS": "0.2",
         **variables,
     }
-    environment.pop("OTEL_EXPORTER_OTLP_ENDPOINT", None)
     subprocess.run([sys.executable, str(script), "setup"], env=environment, check=True)
     service = kind(database_url, amqp_url, rabbitmq.management_url, name, environment, {}, folder, script)
     with Management(rabbitmq.management_url) as management:

@@ -34,7 +34,6 @@ pytestmark = pytest.mark.timeout(600)
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "telemetry.md"
 SERVICE = Path(__file__).parents[1] / "services" / "counting_orders.py"
-ROW = re.compile(r"^\| `([\w.]+)` \| (counter|gauge|histogram) \| `([^`]+)` \| (.*?) \| (.*?) \|", re.MULTILINE)
 SCOPES = "tasks:write,tasks:read,schedules:write,schedules:read,dead-letters:read,dead-letters:write"
 PLACE = "orders.order.place"
 
@@ -104,35 +103,25 @@ class Mesh:
 def mesh(postgres: str, rabbitmq: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     """Every role of the gateway, three workers, and traffic of every kind, which has come to its end."""
     folder = tmp_path_factory.mktemp("metrics")
+    roles = ("projector", "relay", "api", "scheduler", "reconciler")
     with (
         OtlpSink() as sink,
         SmtpSink() as smtp,
         orders_service(postgres, rabbitmq, folder, script=SERVICE, **exporting(sink)) as orders,
+        running_gateway(postgres, orders.amqp_url, rabbitmq.management_url, folder) as gateway,
+        shipped_worker("billing_worker", postgres, orders, folder, sink, BILLING),
+        shipped_worker("email_worker", postgres, orders, folder, sink, EMAIL | {"TASKMESH_SMTP_URL": smtp.url}),
     ):
-        # The fixture keeps telemetry away from tests that do not ask for it.
-        for role in ("worker", "relay"):
-            orders.processes[role].terminate()
-            orders.processes[role].wait(60)
-            orders.start(role, **exporting(sink))
-        with (
-            running_gateway(postgres, orders.amqp_url, rabbitmq.management_url, folder) as gateway,
-            shipped_worker("billing_worker", postgres, orders, folder, sink, BILLING),
-            shipped_worker("email_worker", postgres, orders, folder, sink, EMAIL | {"TASKMESH_SMTP_URL": smtp.url}),
-        ):
-            gateway.environment |= exporting(sink) | {
-                "TASKMESH_OBSERVE_SECONDS": "1",
-                "TASKMESH_RECONCILE_INTERVAL_SECONDS": "2",
-            }
-            for role in ("projector", "relay", "api", "scheduler", "reconciler"):
-                gateway.spawn(role)
-            for role in ("projector", "relay", "api", "scheduler", "reconciler"):
-                gateway.wait_until_ready(role)
-            # Relays announce again; the workers without one are announced here.
-            with gateway.http(SCOPES) as http:
-                made = Mesh(gateway, orders, sink, folder, http)
-                announce(made)
-                make_traffic(made)
-                yield made
+        gateway.environment |= exporting(sink) | RECONCILER
+        for role in roles:
+            gateway.spawn(role)
+        for role in roles:
+            gateway.wait_until_ready(role)
+        with gateway.http(SCOPES) as http:
+            made = Mesh(gateway, orders, sink, folder, http)
+            announce(made)
+            make_traffic(made)
+            yield made
 
 
 def exporting(sink: OtlpSink) -> dict[str, str]:
@@ -144,6 +133,7 @@ def exporting(sink: OtlpSink) -> dict[str, str]:
     }
 
 
+RECONCILER = {"TASKMESH_OBSERVE_SECONDS": "1", "TASKMESH_RECONCILE_INTERVAL_SECONDS": "2"}
 BILLING = {
     "TASKMESH_SELLER_NAME": "Example Ltd",
     "TASKMESH_SELLER_ADDRESS": "1 Street|London",
@@ -185,7 +175,7 @@ def shipped_worker(
 
 
 def announce(mesh: Mesh) -> None:
-    """Wait until all three services are known: setup has announced them, or their relays do."""
+    """Wait until all three services are known by what their setup, or their relay, has announced."""
     services = "select count(*) from manifests"
     eventually(lambda: mesh.gateway.rows(services)[0]["count"] == 3, seconds=60)
 
@@ -239,17 +229,26 @@ def fire_once(mesh: Mesh) -> None:
     assert mesh.http.delete(f"/v1/schedules/{made.json()['id']}").status_code == 204
 
 
+def rows() -> list[list[str]]:
+    """The table's rows: metric, instrument, unit, attributes, role, meaning."""
+    section = PAGE.read_text().partition("## Metrics")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| `")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def names(cell: str) -> frozenset[str]:
+    return frozenset(re.findall(r"`([^`]+)`", cell))
+
+
 def documented() -> dict[str, tuple[str, str, frozenset[str]]]:
-    """The table: kind, unit and attributes by name."""
-    section = PAGE.read_text().partition("## Metrics")[2].partition("\n## ")[0]
-    rows = ROW.findall(section)
-    return {name: (kind, unit, frozenset(re.findall(r"`([^`]+)`", keys))) for name, kind, unit, keys, _ in rows}
+    """Kind, unit and attributes by name."""
+    return {name.strip("`"): (kind, unit.strip("`"), names(keys)) for name, kind, unit, keys, *_ in rows()}
 
 
-def roles() -> dict[str, set[str]]:
-    section = PAGE.read_text().partition("## Metrics")[2].partition("\n## ")[0]
-    every = {"api", "projector", "scheduler", "relay", "reconciler", "worker"}
-    return {row[0]: every if row[4] == "every" else set(re.findall(r"`(\w+)`", row[4])) for row in ROW.findall(section)}
+def roles() -> dict[str, frozenset[str]]:
+    """Who may export a metric."""
+    every = frozenset({"api", "projector", "scheduler", "relay", "reconciler", "worker"})
+    return {name.strip("`"): every if role == "every" else names(role) for name, _, _, _, role, _ in rows()}
 
 
 def exported(points: list[Point]) -> dict[str, tuple[str, str, frozenset[str]]]:
@@ -299,7 +298,7 @@ def test_the_mesh_shows_on_its_pages_exactly_what_the_table_says(mesh):
     found: dict[str, tuple[str, set[str]]] = {}
     identities = []
     for family in mesh.scrape():
-        if family.name == "target":
+        if family.name == "target_info":
             identities.append(family.samples[0].labels)
         elif not family.name.startswith("orders_"):
             labels = {label for sample in family.samples for label in sample.labels} - {"le"}
@@ -381,7 +380,7 @@ def test_a_tasks_duration_leads_to_a_trace_of_the_task(mesh):
 
     for metric in ("taskmesh.task.duration", "taskmesh.task.run.duration", "messaging.process.duration"):
         assert eventually(lambda metric=metric: mesh.sink.exemplars[metric])
-        assert mesh.sink.exemplars[metric] <= traces
+        assert mesh.sink.exemplars[metric] <= traces, metric
 
 
 def test_what_a_child_has_counted_outlives_it_and_is_told_by_its_parent(mesh):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import Row
 
@@ -19,6 +19,9 @@ from gateway.progress import Step
 from gateway.schedules import Fire, Outcome
 from taskmesh.contracts.lifecycle import TaskState
 from taskmesh.metrics import catalogue
+
+NO_TRACE: Final = ""
+"""In place of a traceparent: what is current is the trace of a request or a batch, and not the task's."""
 
 
 def count_accepted(new: Iterable[NewTask]) -> None:
@@ -43,20 +46,20 @@ def count_steps(steps: Iterable[Step]) -> None:
         # A task waits for its time before it is on its way: that is no step of the mesh.
         if state is not TaskState.SCHEDULED:
             catalogue.TASK_TRANSITIONS.add(
-                count, traces[key] or "", type=type_name, service=service, state=state.value, code=code
+                count, traces[key] or NO_TRACE, type=type_name, service=service, state=state.value, code=code
             )
 
 
 def count_cancelled(task: Row[Any]) -> None:
     """Count a task that was taken back before it left, and so was ended by the gateway itself."""
     of_task = {"type": task.type, "service": task.service, "state": TaskState.CANCELLED.value}
-    catalogue.TASK_TRANSITIONS.add(**of_task)
-    catalogue.TASK_DURATION.record((task.finished_at - task.created_at).total_seconds(), **of_task)
+    catalogue.TASK_TRANSITIONS.add(1, NO_TRACE, **of_task)
+    catalogue.TASK_DURATION.record((task.finished_at - task.created_at).total_seconds(), NO_TRACE, **of_task)
 
 
 def _time(step: Step) -> None:
     """Record how long the task has waited, how long its attempt has run, and how long all of it took."""
-    trace, of_task = step.event.traceparent or "", {"type": step.type, "service": step.service}
+    trace, of_task = step.event.traceparent or NO_TRACE, {"type": step.type, "service": step.service}
     state = step.event.state.value
     if (wait_seconds := step.wait_seconds) is not None:
         catalogue.TASK_WAIT_DURATION.record(wait_seconds, trace, **of_task)
@@ -70,7 +73,7 @@ def time_lag(steps: Iterable[Step]) -> None:
     """Record how late the ledger has heard of what happened; now is the time of the commit."""
     now = datetime.now(UTC)
     for step in steps:
-        catalogue.PROJECTOR_LAG.record((now - step.event.at).total_seconds(), step.event.traceparent or "")
+        catalogue.PROJECTOR_LAG.record((now - step.event.at).total_seconds(), step.event.traceparent or NO_TRACE)
 
 
 def count_fires(fires: Iterable[Fire]) -> None:

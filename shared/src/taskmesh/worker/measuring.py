@@ -60,7 +60,8 @@ def measured(attempt: Attempt) -> Iterator[None]:
     finally:
         catalogue.PROCESS_DURATION.record(
             time.perf_counter() - began,
-            attempt.headers.get("traceparent"),
+            # What plain Celery has sent has none, and its span is over.
+            attempt.headers.get("traceparent") or "",
             messaging_system="rabbitmq",
             messaging_operation_name="process",
             messaging_destination_name=_queue(attempt),
