@@ -10,6 +10,7 @@ The socket keeps packets apart and in order (SOCK_SEQPACKET) and not, as SOCK_DG
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -52,7 +53,8 @@ class Channel:
         if self._thread is not None:
             # Behind everything that was sent.
             self._sender.settimeout(STOP_SECONDS)
-            self._sender.send(_END)
+            with contextlib.suppress(OSError):
+                self._sender.send(_END)
             self._thread.join(STOP_SECONDS)
         self._sender.close()
         self._receiver.close()
