@@ -388,6 +388,7 @@ def test_counters_equal_what_the_ledger_says(mesh, metric, attributes, statement
 
 
 def test_a_tasks_duration_leads_to_a_trace_of_the_task(mesh):
+    """And not to that of the batch in which the ledger heard of it, or of the request that cancelled it."""
     traces = {row["trace_id"] for row in mesh.gateway.rows("select trace_id from tasks where trace_id is not null")}
 
     for metric in ("taskmesh.task.duration", "taskmesh.task.run.duration", "messaging.process.duration"):

@@ -21,7 +21,7 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
 from opentelemetry.sdk.metrics.view import DropAggregation, ExplicitBucketHistogramAggregation, View
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.trace import NonRecordingSpan, SpanContext, set_span_in_context
+from opentelemetry.trace import INVALID_SPAN, NonRecordingSpan, SpanContext, set_span_in_context
 from prometheus_client import CollectorRegistry, start_http_server
 
 from taskmesh.metrics import catalogue, instruments
@@ -59,6 +59,10 @@ _VIEWS: Final = (
     View(instrument_name="http.server.*.size", aggregation=DropAggregation()),
     View(instrument_name="otel.sdk.*", aggregation=DropAggregation()),
 )
+
+
+# An empty context is taken for none, and so for the current one.
+_NOWHERE: Final = set_span_in_context(INVALID_SPAN, Context())
 
 
 class _Reader(PeriodicExportingMetricReader):
@@ -105,7 +109,7 @@ class _Recorder:
     ) -> None:
         """Record one measurement, with its trace as its example."""
         made = self._made.get(instrument.name) or self._make(instrument)
-        context = Context() if origin is None else set_span_in_context(NonRecordingSpan(origin), Context())
+        context = _NOWHERE if origin is None else set_span_in_context(NonRecordingSpan(origin), Context())
         made(value, attributes, context)
 
     def _make(self, instrument: Instrument) -> Callable[..., None]:
