@@ -13,6 +13,8 @@ import pytest
 from pydantic_settings import BaseSettings
 
 from taskmesh.contracts import Contract
+from taskmesh.metrics import catalogue
+from taskmesh.metrics.instruments import Instrument
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -29,6 +31,7 @@ SOURCES = [
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 VARIABLE = re.compile(r"TASKMESH_[A-Z][A-Z_]*[A-Z]")
+instruments = {each.name: each for each in vars(catalogue).values() if isinstance(each, Instrument)}
 SETTINGS_MODULES = ("taskmesh.settings", "gateway.settings", "billing_worker.settings", "email_worker.settings")
 
 
@@ -110,6 +113,17 @@ def test_every_span_is_documented():
     }
 
     assert not set(spans()) - documented
+
+
+def test_every_metric_is_documented():
+    """docs/telemetry.md has a row for each instrument of the catalogue, with its kind, unit and attributes."""
+    section = (DOCS / "telemetry.md").read_text().partition("## Metrics")[2].partition("\n## ")[0]
+    rows = {line.split("|")[1].strip(" `"): line.split("|") for line in section.splitlines() if line.startswith("| `")}
+
+    for name, instrument in instruments.items():
+        _, _, kind, unit, attributes, *_ = rows[name]
+        assert (kind.strip(), unit.strip(" `")) == (instrument.kind, instrument.unit), name
+        assert set(re.findall(r"`([^`]+)`", attributes)) == {each.name for each in instrument.attributes}, name
 
 
 def test_the_worker_of_the_readme_is_a_service():

@@ -60,7 +60,7 @@ def life(task_id: UUID, retries: int, end: TaskState, *, losses: bool = False) -
 
 async def advance(engine, *events: LifecycleEvent) -> int:
     async with engine.begin() as connection:
-        return await ledger.advance(connection, events)
+        return len(await ledger.advance(connection, events))
 
 
 async def row_of(engine, task_id: UUID) -> dict[str, Any]:

@@ -111,12 +111,12 @@ def test_tasks_of_a_purged_queue_are_named_and_sent_again_and_each_runs_once(mes
 
     named = mesh.wait_for_audit(before, unaccounted=TASKS)
     assert (named["accepted"], named["redriven"]) == (TASKS, TASKS)
-    eventually(lambda: mesh.sink.gauges.get("taskmesh_unaccounted_tasks") == TASKS)
+    eventually(lambda: mesh.sink.gauges.get("taskmesh.unaccounted_tasks") == TASKS)
     mesh.work()
     eventually(lambda: {mesh.state(task_id) for task_id in task_ids} == {"succeeded"})
     assert [mesh.orders.notes(task_id) for task_id in task_ids] == [["a"]] * TASKS
     mesh.wait_for_audit(named["id"], finished=TASKS, unaccounted=0)
-    eventually(lambda: mesh.sink.gauges.get("taskmesh_unaccounted_tasks") == 0)
+    eventually(lambda: mesh.sink.gauges.get("taskmesh.unaccounted_tasks") == 0)
 
 
 def test_a_task_whose_lifecycle_event_was_purged_is_mended(mesh):

@@ -13,10 +13,10 @@ from taskmesh.worker import main
 settle = Relay._settle
 
 
-async def die(self: Relay, connection: Any, expired: Any, fates: Any) -> None:
+async def die(self: Relay, connection: Any, expired: Any, fates: Any) -> Any:
     if fates.confirmed:
         os.kill(os.getpid(), signal.SIGKILL)
-    await settle(self, connection, expired, fates)
+    return await settle(self, connection, expired, fates)
 
 
 Relay._settle = die  # type: ignore[method-assign]

@@ -24,6 +24,7 @@ import psycopg
 from pydantic import SecretStr
 from sqlalchemy import BigInteger, any_, delete, func, literal, select, update
 from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from taskmesh import amqp, celery_protocol, exchanges, lifecycle
@@ -33,6 +34,7 @@ from taskmesh.database import is_unavailable
 from taskmesh.errors import BrokerUnavailable, TransientError
 from taskmesh.health import Health
 from taskmesh.inbox import InboxState, inbox
+from taskmesh.metrics import catalogue, instruments
 from taskmesh.outbox import NOTIFY_CHANNEL, insert_messages, outbox
 from taskmesh.publish_spans import PublishSpans
 from taskmesh.publishing import Outcome, OutgoingMessage, Publisher, Report
@@ -46,6 +48,9 @@ ANNOUNCE_SECONDS = 30.0
 FIRST_DELAY_SECONDS = 1.0
 LONGEST_DELAY_SECONDS = 60.0
 """How long a message that was returned or refused waits: 1, 2, 4 ... s. At most so long after its queue appears."""
+
+MEASURE_SECONDS = 5.0
+"""How often the outbox is looked at for the metrics."""
 
 PARCEL_MAX_ROWS = 200
 PARCEL_MAX_BYTES = 256 * 1024
@@ -74,17 +79,22 @@ class OutboxRow:
         return self.due_at != self.created_at
 
 
+AfterCommit = Callable[[], None]
+
+
 class RelayHooks(Protocol):
     """What a service writes about its messages, in the relay's transaction.
+
+    A hook may return what is to be called when the transaction has been committed.
 
     A hook that raises is rolled back and logged, and the relay goes on: one row that a hook cannot bear must not have
     all others published again and again. Only when the database is unavailable is everything rolled back.
     """
 
-    async def published(self, connection: AsyncConnection, rows: Sequence[OutboxRow]) -> None:
+    async def published(self, connection: AsyncConnection, rows: Sequence[OutboxRow]) -> AfterCommit | None:
         """Is told of rows that the broker has confirmed; they are deleted next."""
 
-    async def expired(self, connection: AsyncConnection, rows: Sequence[OutboxRow]) -> None:
+    async def expired(self, connection: AsyncConnection, rows: Sequence[OutboxRow]) -> AfterCommit | None:
         """Is told of rows whose `expires_at` has passed, so that they were not published; they are deleted next."""
 
 
@@ -195,6 +205,8 @@ class Relay:
             # A companion that dies takes the relay with it, to be started again: it would be missed too late.
             async with asyncio.TaskGroup() as group:
                 companions = [group.create_task(self._wake_on(stop)), group.create_task(self._listen())]
+                if instruments.is_on():
+                    companions.append(group.create_task(self._keep_measuring()))
                 if self._announce is not None:
                     companions.append(group.create_task(self._keep_announcing(self._announce)))
                 companions += [group.create_task(companion(stop)) for companion in self._companions]
@@ -242,9 +254,11 @@ class Relay:
             expired = [row for row, is_expired in claimed if is_expired]
             due = [row for row, is_expired in claimed if not is_expired]
             fates = await self._publish(due)
-            await self._settle(connection, expired, fates)
+            after_commit = await self._settle(connection, expired, fates)
             full = len(claimed) == self._claim_size
             wait_seconds = 0.0 if full else await self._seconds_to_next(connection)
+        for act in after_commit:
+            act()
         if fates.unknown and self._claim_size > 1:
             self._claim_size = max(1, self._claim_size // 2)
             raise BrokerUnavailable(fates.unknown_reason)
@@ -271,19 +285,24 @@ class Relay:
         fates = _Fates()
         for parcel, report in zip(parcels, reports, strict=True):
             self._spans.record(parcel.rows, report, claimed_ns=claimed_ns)
+            _measure(parcel, report)
             fates.add(parcel.rows, report)
         return fates
 
-    async def _settle(self, connection: AsyncConnection, expired: Sequence[OutboxRow], fates: _Fates) -> None:
+    async def _settle(
+        self, connection: AsyncConnection, expired: Sequence[OutboxRow], fates: _Fates
+    ) -> list[AfterCommit]:
+        """Write down what became of the rows; returns what is to be called after the commit."""
+        after_commit: list[AfterCommit] = []
         if fates.unknown and self._claim_size == 1:
             # Alone, and the connection was lost again: the next rows get their chance.
             fates.put_back[fates.unknown_reason] += fates.unknown
         gone = list(fates.confirmed)
         if self._hooks is not None and fates.confirmed:
             # What is published is published, whatever becomes of the hook.
-            await _guarded(connection, self._hooks.published, fates.confirmed)
+            await _guarded(connection, self._hooks.published, fates.confirmed, after_commit)
         if expired:
-            if self._hooks is None or await _guarded(connection, self._hooks.expired, expired):
+            if self._hooks is None or await _guarded(connection, self._hooks.expired, expired, after_commit):
                 gone += expired
             else:
                 fates.put_back["its expiry could not be written down"] += expired
@@ -295,6 +314,19 @@ class Relay:
                 extra={"count": len(rows), "reason": reason, "routing_key": rows[0].routing_key},
             )
             await connection.execute(_put_back(rows, reason))
+        return after_commit
+
+    async def _keep_measuring(self) -> None:
+        """Show how long the oldest row has been due, whatever the relay itself waits for at the moment."""
+        while True:
+            try:
+                async with self._engine.connect() as connection:
+                    lag: timedelta | None = (await connection.execute(_LAG)).scalar_one()
+                catalogue.OUTBOX_LAG.show([(lag.total_seconds() if lag is not None else 0.0, {})])
+            except (SQLAlchemyError, OSError):
+                # Nobody can see the outbox; the relay itself says so.
+                catalogue.OUTBOX_LAG.hide()
+            await asyncio.sleep(MEASURE_SECONDS)
 
     async def _seconds_to_next(self, connection: AsyncConnection) -> float:
         # Strictly later than this transaction's now(): rows that are due and locked belong to another relay.
@@ -455,19 +487,34 @@ class _Fates:
 _NAMES = tuple(OutboxRow.__slots__)
 _COLUMNS = tuple(outbox.c[name] for name in _NAMES)
 
-_Hook = Callable[[AsyncConnection, Sequence[OutboxRow]], Any]
+_LAG = select(func.clock_timestamp() - func.min(outbox.c.due_at)).where(outbox.c.due_at <= func.now())
+
+_Hook = Callable[[AsyncConnection, Sequence[OutboxRow]], Coroutine[Any, Any, AfterCommit | None]]
 
 
-async def _guarded(connection: AsyncConnection, hook: _Hook, rows: Sequence[OutboxRow]) -> bool:
+def _measure(parcel: Parcel, report: Report) -> None:
+    """Count a message by the broker's answer; of one that it has taken also how long its oldest row had been due."""
+    first = parcel.rows[0]
+    catalogue.MESSAGES_PUBLISHED.add(exchange=first.exchange, outcome=report.outcome.value)
+    if report.outcome is Outcome.CONFIRMED:
+        dwell_seconds = report.settled_ns / 1e9 - first.due_at.timestamp()
+        catalogue.OUTBOX_DWELL.record(dwell_seconds, first.headers.get("traceparent"), exchange=first.exchange)
+
+
+async def _guarded(
+    connection: AsyncConnection, hook: _Hook, rows: Sequence[OutboxRow], after_commit: list[AfterCommit]
+) -> bool:
     """Run a hook so that its failure undoes only its own work; False if it failed."""
     try:
         async with connection.begin_nested():
-            await hook(connection, rows)
+            act = await hook(connection, rows)
     except Exception as error:
         if is_unavailable(error):
             raise
         logger.exception("relay hook failed", extra={"count": len(rows), "outbox_id": rows[0].id})
         return False
+    if act is not None:
+        after_commit.append(act)
     return True
 
 

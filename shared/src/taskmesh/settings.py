@@ -42,6 +42,10 @@ class ServiceSettings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     health_dir: Path | None = None
     """Where a role writes its `<service>-<role>.ready` and `.alive` files; None writes none."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Of the page that Prometheus scrapes; 0 takes any free port, which the log names. None opens no page."""
+    metrics_host: str = "127.0.0.1"
+    """Where that page can be reached: whoever can reach it can read it. In a container, `0.0.0.0`."""
     baggage_keys: str = ""
     """Keys of W3C Baggage that go along with a caller's work, separated by commas; none by default."""
 

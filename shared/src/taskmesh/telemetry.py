@@ -10,17 +10,13 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
-from opentelemetry import context, metrics, propagate, trace
+from opentelemetry import context, propagate, trace
 from opentelemetry.context import Context
-from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.metrics import Meter
-from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -28,7 +24,9 @@ from opentelemetry.trace import Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from taskmesh import baggage
+from taskmesh.metrics import provider as metrics
 from taskmesh.promised_spans import PromisedIds, PromisedSampling
+from taskmesh.settings import ServiceSettings
 
 ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
@@ -38,31 +36,25 @@ SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
 TRACE_CONTEXT = TraceContextTextMapPropagator()
 
 _provider: TracerProvider | None = None
-_meters: MeterProvider | None = None
 
 
-def start(service: str, role: str, *, baggage_keys: Iterable[str] = ()) -> None:
-    """Begin to record and export spans under `service.name`; in a pool child this starts the child's own exporter.
+def start(service: str, role: str, settings: ServiceSettings, *, with_metrics: bool = True) -> None:
+    """Begin to record and export spans and metrics under `service.name`.
 
     Args:
         service: `service.name`.
         role: Of the service.
-        baggage_keys: What of a caller's baggage goes along.
+        settings: What of a caller's baggage goes along, and where metrics are shown.
+        with_metrics: False in a pool child, whose parent exports them; its spans it exports itself.
     """
     global _provider  # noqa: PLW0603 - OpenTelemetry's own provider is a process-wide global too
     propagate.set_global_textmap(TRACE_CONTEXT)
-    baggage.allow(baggage_keys)
+    baggage.allow(settings.baggage_allowed)
+    if with_metrics:
+        metrics.start(resource(service, role), release(), settings)
     if not os.environ.get(ENDPOINT_VARIABLE):
         return
-    resource = Resource.create(
-        {
-            "service.name": service,
-            "service.version": release(),
-            "service.instance.id": f"{socket.gethostname()}:{os.getpid()}",
-            "taskmesh.role": role,
-        }
-    )
-    _provider = TracerProvider(resource=resource, id_generator=PromisedIds())
+    _provider = TracerProvider(resource=resource(service, role), id_generator=PromisedIds())
     # What `OTEL_TRACES_SAMPLER` chooses; parent-based unless it says otherwise.
     _provider.sampler = PromisedSampling(_provider.sampler)
     _provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
@@ -73,8 +65,19 @@ def stop() -> None:
     """Export what is recorded; called last in an orderly shutdown."""
     if _provider is not None:
         _provider.shutdown()
-    if _meters is not None:
-        _meters.shutdown()
+    metrics.stop()
+
+
+def resource(service: str, role: str) -> Resource:
+    """Who this process is, in everything that it exports."""
+    return Resource.create(
+        {
+            "service.name": service,
+            "service.version": release(),
+            "service.instance.id": f"{socket.gethostname()}:{os.getpid()}",
+            "taskmesh.role": role,
+        }
+    )
 
 
 def release() -> str:
@@ -93,19 +96,6 @@ def tracer() -> Tracer:
 def is_exporting() -> bool:
     """True if this process exports spans."""
     return _provider is not None
-
-
-def meter() -> Meter:
-    """The mesh's meter. Metrics are exported from the first call on, every `OTEL_METRIC_EXPORT_INTERVAL` milliseconds.
-
-    A process that measures nothing has no thread for it, and pool children, which are forked, have none to lose.
-    """
-    global _meters  # noqa: PLW0603 - OpenTelemetry's own provider is a process-wide global too
-    if _meters is None and _provider is not None:
-        reader = PeriodicExportingMetricReader(OTLPMetricExporter())
-        _meters = MeterProvider([reader], resource=_provider.resource)
-        metrics.set_meter_provider(_meters)
-    return metrics.get_meter("taskmesh", release())
 
 
 def current_traceparent() -> str | None:

@@ -11,6 +11,7 @@ from billing_worker.rendering import Renderer
 from taskmesh import telemetry
 from taskmesh.celery_protocol import TENANT_HEADER
 from taskmesh.contracts.billing import IssueInvoice, RenderDocument
+from taskmesh.metrics import catalogue
 from taskmesh.objects import ObjectStore
 from taskmesh.worker import MeshTask, WorkerApp
 
@@ -51,6 +52,7 @@ def issue_invoice(self: MeshTask, command: IssueInvoice) -> dict[str, Any]:
     if not issued.replayed:
         self.emit(issued.event())
         self.send(RenderDocument(invoice_id=issued.invoice_id))
+        self.after_commit(lambda: catalogue.BILLING_INVOICES.add(currency=command.currency))
     return {
         "invoice_id": str(issued.invoice_id),
         "number": issued.number,

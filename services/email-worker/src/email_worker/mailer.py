@@ -21,6 +21,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 
 from email_worker.replies import Outcome, Reply, Stage
 from taskmesh import telemetry
+from taskmesh.metrics import catalogue
 
 CONNECT_SECONDS = 10.0
 COMMAND_SECONDS = 60.0
@@ -140,6 +141,9 @@ class Mailer:
             span.set_attribute("taskmesh.smtp.reply_class", reply.code_class)
             span.set_attribute("taskmesh.smtp.stage", reply.stage.value)
             span.set_attribute("taskmesh.smtp.outcome", reply.outcome.value)
+            catalogue.SMTP_REPLIES.add(
+                reply_class=reply.code_class, stage=reply.stage.value, outcome=reply.outcome.value
+            )
             if reply.outcome is not Outcome.ACCEPTED:
                 span.set_status(Status(StatusCode.ERROR, str(reply)))
             return reply

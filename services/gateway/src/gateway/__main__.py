@@ -99,7 +99,7 @@ def serve(settings: ApiSettings) -> None:
     logs.configure(settings.log_format, settings.log_level, SERVICE, "api")
     # It tells of its own coming and going only.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    telemetry.start(SERVICE, "api", baggage_keys=settings.baggage_allowed)
+    telemetry.start(SERVICE, "api", settings)
     health = Health(settings.health_dir, f"{SERVICE}-api")
     app = create_app(settings, health)
 
@@ -139,10 +139,11 @@ async def project(settings: ProjectorSettings, stop: asyncio.Event) -> None:
     from taskmesh.consuming import BatchConsumer
 
     engine = open_engine(settings.database_url, pool_size=2, wait_seconds=5, role="projector")
+    projector = Projector(engine)
     consumer = BatchConsumer(
         settings.amqp_url,
         QUEUES,
-        Projector(engine).handle,
+        projector.handle,
         name="gateway-projector",
         batch_size=settings.projector_batch_size,
         health=Health(settings.health_dir, f"{SERVICE}-projector"),
@@ -155,11 +156,13 @@ async def project(settings: ProjectorSettings, stop: asyncio.Event) -> None:
             forget_letters_after=timedelta(days=settings.dead_letter_days),
         )
     )
+    keeping = asyncio.create_task(projector.keep_run_times(stop))
     try:
         await consumer.run(stop)
     finally:
-        housekeeping.cancel()
-        await asyncio.gather(housekeeping, return_exceptions=True)
+        for companion in (housekeeping, keeping):
+            companion.cancel()
+        await asyncio.gather(housekeeping, keeping, return_exceptions=True)
         await engine.dispose()
 
 
@@ -232,7 +235,7 @@ def _scopes(text: str) -> list[Scope]:
 def _run(role: str, settings: ServiceSettings, work: Callable[[asyncio.Event], Awaitable[None]]) -> None:
     """Run a role that has no server of its own, until SIGTERM or SIGINT."""
     logs.configure(settings.log_format, settings.log_level, SERVICE, role)
-    telemetry.start(SERVICE, role, baggage_keys=settings.baggage_allowed)
+    telemetry.start(SERVICE, role, settings)
 
     async def until_stopped() -> None:
         stop = asyncio.Event()

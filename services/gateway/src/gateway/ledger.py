@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.models import TASKS_CHANNEL, task_events, tasks
 from gateway.new_tasks import NewTask
-from gateway.progress import BEFORE_EVERYTHING, Progress, place_of
+from gateway.progress import BEFORE_EVERYTHING, Progress, Step, place_of
 from taskmesh.contracts.lifecycle import TERMINAL, LifecycleEvent, TaskState
 from taskmesh.errors import NotFound
 from taskmesh.traces import Creation
@@ -237,8 +237,8 @@ _APPEND_TIMELINE = text(
 _NOTIFY = text("select pg_notify(:channel, part) from unnest(cast(:parts as text[])) as part")
 
 
-async def advance(connection: AsyncConnection, events: Sequence[LifecycleEvent]) -> int:
-    """Bring tasks forward by what their workers say, and count the events that were news.
+async def advance(connection: AsyncConnection, events: Sequence[LifecycleEvent]) -> list[Step]:
+    """Bring tasks forward by what their workers say, and return the steps that were news.
 
     Late, repeated and reordered events are harmless. Tasks that the ledger has not seen are added to it. Rows are
     inserted and then locked in the order of their ids, so two projectors with overlapping batches cannot deadlock. The
@@ -246,7 +246,7 @@ async def advance(connection: AsyncConnection, events: Sequence[LifecycleEvent])
     in which transactions commit, and a reader that has seen 11 will never find a 10 that was not there before.
     """
     if not events:
-        return 0
+        return []
     # A payload is kept whenever it is told, and never read back: rows are locked without it.
     payloads = {event.task_id: event.payload for event in events if event.payload is not None}
     ordered = sorted(events, key=lambda event: (*place_of(event), event.at))
@@ -256,21 +256,24 @@ async def advance(connection: AsyncConnection, events: Sequence[LifecycleEvent])
     progress = await _lock(connection, ordered)
     changed: dict[UUID, Progress] = {}
     accepted: list[dict[str, Any]] = []
+    steps: list[Step] = []
     for event in ordered:
         task = progress[event.task_id]
+        step = Step.of(task, event)
         if task.note(event) or event.payload is not None:
             changed[task.id] = task
         if task.accepts(event):
             task.move(event)
             changed[task.id] = task
             accepted.append(_timeline_row(len(accepted), task, event))
+            steps.append(step)
     if changed:
         rows = ({**asdict(task), "payload": payloads.get(task.id)} for task in changed.values())
         await connection.execute(_ADVANCE, {"rows": _rows(rows)})
     if accepted:
         await connection.execute(_APPEND_TIMELINE, {"rows": _rows(accepted)})
         await notify(connection, {row["root_id"] for row in accepted})
-    return len(accepted)
+    return steps
 
 
 def _introductions(events: Iterable[LifecycleEvent]) -> list[dict[str, Any]]:
@@ -342,7 +345,7 @@ async def notify(connection: AsyncConnection, roots: Iterable[UUID]) -> None:
     await connection.execute(_NOTIFY, {"channel": TASKS_CHANNEL, "parts": parts})
 
 
-async def mark_queued(connection: AsyncConnection, task_ids: Iterable[UUID], *, at: datetime) -> int:
+async def mark_queued(connection: AsyncConnection, task_ids: Iterable[UUID], *, at: datetime) -> list[Step]:
     """Say that messages of these tasks have left; only those that were waiting for their due time change."""
     rows = await connection.execute(
         select(tasks.c.id, tasks.c.type, tasks.c.root_id, tasks.c.sequence, tasks.c.service).where(
@@ -352,7 +355,7 @@ async def mark_queued(connection: AsyncConnection, task_ids: Iterable[UUID], *, 
     return await advance(connection, [_step(row, TaskState.QUEUED, at) for row in rows])
 
 
-async def mark_expired(connection: AsyncConnection, task_ids: Iterable[UUID], *, at: datetime) -> int:
+async def mark_expired(connection: AsyncConnection, task_ids: Iterable[UUID], *, at: datetime) -> list[Step]:
     """Say that these tasks were not published before they expired."""
     rows = await connection.execute(
         select(tasks.c.id, tasks.c.type, tasks.c.root_id, tasks.c.sequence, tasks.c.service).where(

@@ -102,6 +102,16 @@ tasks = Table(
     Index("tasks_tags", "tags", postgresql_using="gin", postgresql_where=text("tags <> '{}'")),
     # Most tasks succeed; people look for the others.
     Index("tasks_state", "state", "created_at", "id", postgresql_where=text("state <> 'succeeded'")),
+    # All that is asked of a waiting task every few seconds, so that no row is read for it.
+    Index(
+        "tasks_waiting",
+        "service",
+        "type",
+        "due_at",
+        "created_at",
+        postgresql_include=["state", "started_at", "updated_at"],
+        postgresql_where=text("state IN ('scheduled','queued','retrying')"),
+    ),
 )
 
 # No foreign key to tasks: every row is written in the transaction that has just written or locked its task, and the
@@ -195,6 +205,7 @@ dead_letters = Table(
     Index("dead_letters_open", "error_fingerprint", "received_at", "id", postgresql_where=text("state = 'open'")),
     # Which tasks have one: audits ask that, and read no letter for it.
     Index("dead_letters_open_task", "task_id", postgresql_where=text("state = 'open'")),
+    Index("dead_letters_open_service", "service", "received_at", postgresql_where=text("state = 'open'")),
     Index("dead_letters_resolved", "resolved_at", postgresql_where=text("state <> 'open'")),
 )
 
@@ -331,6 +342,16 @@ unaccounted_tasks = Table(
     Column("last_seen_where", Text),
     Column("redriven_at", DateTime(timezone=True)),
     Column("redrives", Integer, nullable=False, server_default="0"),
+)
+
+# How long attempts of each type take, as the projector hears it; see gateway/run_times.py.
+run_times = Table(
+    "run_times",
+    metadata,
+    Column("service", Text, primary_key=True),
+    Column("type", Text, primary_key=True),
+    Column("runs", BigInteger, nullable=False),
+    Column("mean_seconds", Float, nullable=False),
 )
 
 services = Table(

@@ -27,6 +27,9 @@ COUNTED: Final = frozenset(
 )
 """States whose reports say how often the task was started."""
 
+ENDS_ATTEMPT: Final = frozenset({TaskState.RETRYING, TaskState.SUCCEEDED, TaskState.FAILED})
+"""States that a run of the task leads to."""
+
 BEFORE_EVERYTHING: Final = -1
 """The sequence of a task that the ledger learns of through its first event: any event is news to it."""
 
@@ -45,6 +48,9 @@ class Progress:
     """A task's row while a batch of events is applied to it; the fields are columns."""
 
     id: UUID
+    type: str
+    service: str
+    created_at: datetime
     root_id: UUID
     state: TaskState
     sequence: int
@@ -117,6 +123,69 @@ class Progress:
             self.error = None
         if event.state.terminal:
             self.result, self.finished_at = event.result, event.at
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """An event that was news, and the task as it was before.
+
+    Attributes:
+        type, service, created_at: The task's, as the ledger has them.
+        due_at: From when on it could have been started.
+        before: The state that it was in.
+        is_unstarted: No start of it was known.
+    """
+
+    event: LifecycleEvent
+    type: str
+    service: str
+    created_at: datetime
+    due_at: datetime
+    before: TaskState
+    is_unstarted: bool
+
+    @classmethod
+    def of(cls, task: Progress, event: LifecycleEvent) -> Step:
+        """The step that the task takes by the event; to be asked before it takes it."""
+        return cls(
+            event=event,
+            type=task.type,
+            service=task.service,
+            created_at=task.created_at,
+            due_at=task.due_at or task.created_at,
+            before=task.state,
+            is_unstarted=task.started_at is None,
+        )
+
+    @property
+    def code(self) -> str | None:
+        """Why it failed, or is to be tried again."""
+        told = self.event.state in {TaskState.FAILED, TaskState.RETRYING} and self.event.failure is not None
+        return self.event.failure.code if told and self.event.failure is not None else None
+
+    @property
+    def wait_seconds(self) -> float | None:
+        """How long the task had been due when it started; None for a step that tells of no first start."""
+        if not self.is_unstarted or self.event.state not in COUNTED:
+            return None
+        started_at = self.event.started_at or (self.event.at if self.event.state is TaskState.RUNNING else None)
+        return (started_at - self.due_at).total_seconds() if started_at is not None else None
+
+    @property
+    def run_seconds(self) -> float | None:
+        """How long the attempt ran whose end the step tells of; None for any other step."""
+        ended = self.event.state in ENDS_ATTEMPT or (
+            # One that was cancelled before it began says when that would have been.
+            self.event.state is TaskState.CANCELLED and self.before is TaskState.RUNNING
+        )
+        if not ended or self.event.started_at is None:
+            return None
+        return (self.event.at - self.event.started_at).total_seconds()
+
+    @property
+    def total_seconds(self) -> float | None:
+        """From the task's acceptance to its end; None for a step that is not its end."""
+        return (self.event.at - self.created_at).total_seconds() if self.event.state.terminal else None
 
 
 def tells_of_loss(event: LifecycleEvent) -> bool:

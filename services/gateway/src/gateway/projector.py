@@ -21,10 +21,12 @@ from pydantic import ValidationError
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from gateway import catalogue, idempotency, ledger, lineage, schedules, sightings
+from gateway import catalogue, idempotency, ledger, lineage, measuring, run_times, schedules, sightings
 from gateway.catalogue import Catalogue
 from gateway.dead_letters import diagnosing, letter, store
 from gateway.dead_letters.letter import DeadLetter
+from gateway.progress import Step
+from gateway.run_times import RunTimes
 from gateway.transactions import transaction
 from taskmesh import celery_protocol, lifecycle, telemetry, traces
 from taskmesh.consuming import Delivery
@@ -39,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST_KEY: Final = "manifest."
 HOUSEKEEPING_SECONDS: Final = 600.0
+RUN_TIMES_SECONDS: Final = 5.0
+"""How often the means of run times are written."""
 FORGOTTEN_AT_ONCE: Final = 10_000
 """Keys deleted in one transaction: a long backlog must not run into the statement's time limit and stay for good."""
 MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
@@ -78,6 +82,19 @@ class Projector:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self._catalogue = Catalogue(engine)
+        self._run_times = RunTimes()
+
+    async def keep_run_times(self, stop: asyncio.Event) -> None:
+        """Write the means of run times, now and then until `stop` is set."""
+        while not stop.is_set():
+            heard = self._run_times.take()
+            if heard:
+                # What could not be written is missed by nobody: the next runs take about as long.
+                with contextlib.suppress(DatabaseUnavailable):
+                    async with transaction(self._engine) as connection:
+                        await run_times.store(connection, heard)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), RUN_TIMES_SECONDS)
 
     async def handle(self, deliveries: Sequence[Delivery]) -> None:
         """Commit what the deliveries say; they may be acknowledged when this returns.
@@ -142,12 +159,14 @@ class Projector:
         async with _blaming(), transaction(self._engine) as connection:
             diagnoses = await diagnosing.diagnose(connection, batch.letters, announced) if batch.letters else []
             events = await lineage.with_children(connection, batch.events)
-            accepted = await ledger.advance(connection, [*events, *_failures(batch.letters, diagnoses, now)])
-            await store.store(connection, batch.letters, diagnoses)
+            steps = await ledger.advance(connection, [*events, *_failures(batch.letters, diagnoses, now)])
+            kept = await store.store(connection, batch.letters, diagnoses)
             await store.complete(connection, events)
             for manifest in batch.manifests.values():
                 await _announce(connection, manifest)
             await sightings.store(connection, batch.sightings)
+        self._measure(steps)
+        measuring.count_letters(kept)
         for stored, diagnosis in zip(batch.letters, diagnoses, strict=True):
             logger.error(
                 "dead letter stored",
@@ -158,7 +177,14 @@ class Projector:
                     "code": diagnosis.code,
                 },
             )
-        logger.debug("batch projected", extra={"events": len(batch.events), "accepted": accepted})
+        logger.debug("batch projected", extra={"events": len(batch.events), "accepted": len(steps)})
+
+    def _measure(self, steps: Sequence[Step]) -> None:
+        measuring.count_steps(steps)
+        measuring.time_lag(steps)
+        for step in steps:
+            if (seconds := step.run_seconds) is not None:
+                self._run_times.add(step.service, step.type, max(0.0, seconds))
 
 
 @contextlib.asynccontextmanager

@@ -10,22 +10,21 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from typing import Any, Final
 
 import psycopg
-from opentelemetry.metrics import CallbackOptions, Observation
 from psycopg.conninfo import make_conninfo
-from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from gateway.gauges import Gauges
 from gateway.models import AUDITS_CHANNEL, SIGHTINGS_CHANNEL
 from gateway.observing import Observer
 from gateway.reconciling import Reconciler
 from gateway.settings import ReconcilerSettings
 from gateway.transactions import CONNECT_SECONDS, open_engine
-from taskmesh import amqp, telemetry
+from taskmesh import amqp
 from taskmesh.database import KEEPALIVE
 from taskmesh.errors import DatabaseUnavailable
 from taskmesh.health import Health
@@ -34,9 +33,6 @@ logger = logging.getLogger(__name__)
 
 # Any constant will do as long as nothing else in the database locks it.
 LEADER_LOCK: Final = 7_265_726_474
-
-METRIC: Final = "taskmesh_unaccounted_tasks"
-PLACES: Final = ("accepted", "waiting", "running", "finished", "dead")
 
 
 async def run(settings: ReconcilerSettings, stop: asyncio.Event) -> None:
@@ -58,16 +54,10 @@ class Role:
         self._answered = asyncio.Event()
         self._asked = asyncio.Event()
         self._wanted_grace: list[float] = []
-        self._last: Row[Any] | None = None
+        self._gauges = Gauges(engine)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work while this replica holds the lock, and wait for it otherwise, until `stop` is set."""
-        telemetry.meter().create_observable_gauge(
-            METRIC, [self._measure_unaccounted], description="Tasks that nobody can account for, at the last audit."
-        )
-        telemetry.meter().create_observable_gauge(
-            "taskmesh_tasks", [self._measure_places], description="Tasks of the ledger by place, at the last audit."
-        )
         stopping = asyncio.create_task(stop.wait())
         trying = asyncio.create_task(self._keep_trying())
         try:
@@ -96,8 +86,8 @@ class Role:
                 if not is_down:
                     logger.warning("leadership interrupted", extra={"exception": type(error).__qualname__})
                 is_down = True
-            # Nobody observes, and so nothing new is measured.
-            self._last = None
+            # Whoever leads now says how things are.
+            self._gauges.hide()
             self._health.beat()
             await asyncio.sleep(min(self._settings.observe_seconds, 2.0))
 
@@ -163,6 +153,7 @@ class Role:
             await _survives("look at the broker", observer.look)
             observed.set()
             self._health.beat()
+            await _survives("look at the work", self._gauges.look)
             await asyncio.sleep(self._settings.observe_seconds)
 
     async def _audit(self, reconciler: Reconciler, observed: asyncio.Event) -> None:
@@ -173,20 +164,13 @@ class Role:
             grace = timedelta(seconds=min(graces, default=self._settings.reconcile_grace_seconds))
 
             async def audit(grace: timedelta = grace) -> bool:
-                self._last = await reconciler.audit(grace=grace)
+                self._gauges.show_audit(await reconciler.audit(grace=grace))
                 return True
 
             done = await _survives("audit", audit)
             with contextlib.suppress(TimeoutError):
                 pause_seconds = self._settings.reconcile_interval_seconds if done else self._settings.observe_seconds
                 await asyncio.wait_for(self._asked.wait(), pause_seconds)
-
-    def _measure_unaccounted(self, _: CallbackOptions) -> Iterable[Observation]:
-        return [] if self._last is None else [Observation(self._last.unaccounted)]
-
-    def _measure_places(self, _: CallbackOptions) -> Iterable[Observation]:
-        audit = self._last
-        return [] if audit is None else [Observation(getattr(audit, place), {"place": place}) for place in PLACES]
 
 
 async def _survives(message: str, work: Callable[[], Awaitable[bool]]) -> bool:

@@ -23,6 +23,7 @@ from gateway import (
     candidates,
     inquiries,
     ledger,
+    measuring,
     observations,
     redriving,
     schedules,
@@ -178,8 +179,9 @@ class Reconciler:
         for start in range(0, len(ended), MENDED_AT_ONCE):
             some = ended[start : start + MENDED_AT_ONCE]
             async with transaction(self._engine) as connection:
-                await ledger.advance(connection, [_outcome(candidate, seen, now) for candidate, seen in some])
+                steps = await ledger.advance(connection, [_outcome(candidate, seen, now) for candidate, seen in some])
                 await unaccounted.clear(connection, [candidate.id for candidate, _ in some])
+            measuring.count_steps(steps)
         if ended:
             logger.warning("lost outcomes mended", extra=_ids([candidate.id for candidate, _ in ended]))
 

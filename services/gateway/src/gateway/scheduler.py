@@ -20,7 +20,7 @@ from sqlalchemy import func, or_, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from gateway import ledger, models, schedules
+from gateway import ledger, measuring, models, schedules
 from gateway.new_tasks import NewTask
 from gateway.schedules import Fire, Misfire, Outcome, Overlap, Reason, Schedule
 from gateway.settings import SchedulerSettings
@@ -247,6 +247,7 @@ class Scheduler:
             self._failures = 0
         self._health.ready()
         _report(fires)
+        measuring.count_fires(fires)
         if fires:
             return 0.0
         if next_fire_at is None:
@@ -401,6 +402,7 @@ def _fire_of(
         missed_until=missed_until,
         task_id=submits,
         fired_at=now,
+        type=schedule.type,
     )
 
 

@@ -152,6 +152,7 @@ class Fire:
         fire_at: When it was due.
         missed_until: The newest of the missed fires that this one stands for; None if it stands for itself.
         fired_at: When a scheduler got to it.
+        type: Of its task; None when it is read back.
     """
 
     schedule_id: UUID
@@ -161,6 +162,7 @@ class Fire:
     missed_until: datetime | None = None
     task_id: UUID | None = None
     fired_at: datetime
+    type: str | None = None
 
 
 async def clock(connection: AsyncConnection) -> datetime:

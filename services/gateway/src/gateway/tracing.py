@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
@@ -17,6 +18,9 @@ from gateway.transactions import transaction
 from taskmesh import baggage, telemetry
 
 HEADER = "Taskmesh-Trace-Id"
+
+# Read when the instrumentation begins: http.server.request.duration in seconds, and the attributes that go with it.
+os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
 
 _ids = RandomIdGenerator()
 

@@ -67,7 +67,7 @@ def read_spans(body: bytes, *, content_type: str = "application/x-protobuf", con
     return [
         _span(span, resource)
         for group in request.resource_spans
-        for resource in [_attributes(group.resource.attributes)]
+        for resource in [attributes_of(group.resource.attributes)]
         for scope in group.scope_spans
         for span in scope.spans
     ]
@@ -85,19 +85,20 @@ def _span(span: trace_pb2.Span, resource: dict[str, Any]) -> Span:
         end_nanoseconds=span.end_time_unix_nano,
         failed=span.status.code == trace_pb2.Status.STATUS_CODE_ERROR,
         message=span.status.message,
-        attributes=_attributes(span.attributes),
+        attributes=attributes_of(span.attributes),
         resource=resource,
         events=tuple(
-            {"name": event.name, "at_nanoseconds": event.time_unix_nano, "attributes": _attributes(event.attributes)}
+            {"name": event.name, "at_nanoseconds": event.time_unix_nano, "attributes": attributes_of(event.attributes)}
             for event in span.events
         ),
         links=tuple(
-            SpanLink(link.trace_id.hex(), link.span_id.hex(), _attributes(link.attributes)) for link in span.links
+            SpanLink(link.trace_id.hex(), link.span_id.hex(), attributes_of(link.attributes)) for link in span.links
         ),
     )
 
 
-def _attributes(pairs: Iterable[KeyValue]) -> dict[str, Any]:
+def attributes_of(pairs: Iterable[KeyValue]) -> dict[str, Any]:
+    """OTLP's list of attributes, as a dictionary."""
     return {pair.key: _value(pair.value) for pair in pairs}
 
 
@@ -106,7 +107,7 @@ def _value(value: AnyValue) -> Any:  # An attribute may be anything JSON knows.
         case "array_value":
             return [_value(item) for item in value.array_value.values]
         case "kvlist_value":
-            return _attributes(value.kvlist_value.values)
+            return attributes_of(value.kvlist_value.values)
         case "bytes_value":
             return base64.b64encode(value.bytes_value).decode()
         case None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
-
+from taskmesh.parts.points import Point, read_points
 from taskmesh.parts.spans import Span, read_spans
 
-__all__ = ["OtlpSink", "Span"]
+__all__ = ["OtlpSink", "Point", "Span"]
+
+Series = tuple[str, tuple[tuple[str, Any], ...], tuple[tuple[str, Any], ...]]
 
 
 class OtlpSink:
@@ -21,15 +21,17 @@ class OtlpSink:
 
     Attributes:
         spans: In the order of their arrival.
-        gauges: The last value of each gauge without attributes, by name.
+        points: The newest data point of every series of every process; one that is no longer sent stays.
+        exemplars: The traces that were given as examples, by metric.
     """
 
     def __init__(self) -> None:
         self._arrived = threading.Condition()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self._keep, self._measure))
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self._keep, self._keep_points))
         self._thread = threading.Thread(target=self._server.serve_forever, name="otlp-sink", daemon=True)
         self.spans: list[Span] = []
-        self.gauges: dict[str, float] = {}
+        self.points: dict[Series, Point] = {}
+        self.exemplars: dict[str, set[str]] = {}
 
     @property
     def endpoint(self) -> str:
@@ -59,6 +61,27 @@ class OtlpSink:
                 raise TimeoutError(f"{len(matching())} of {count} spans within {timeout_seconds} s; names seen: {seen}")
             return matching()
 
+    @property
+    def gauges(self) -> dict[str, float]:
+        """The last value of each gauge without attributes, by name."""
+        with self._arrived:
+            return {point.name: point.value for point in self.points.values() if _is_plain_gauge(point)}
+
+    def measured(self, name: str, **attributes: str) -> list[Point]:
+        """The newest data points of a metric with these attributes, whatever others they have.
+
+        Args:
+            attributes: By name, with underscores in place of dots.
+        """
+        with self._arrived:
+            return [
+                point
+                for point in self.points.values()
+                if point.name == name
+                and attributes.items()
+                <= {key.replace(".", "_"): value for key, value in point.attributes.items()}.items()
+            ]
+
     def __enter__(self) -> Self:
         self._thread.start()
         return self
@@ -75,17 +98,26 @@ class OtlpSink:
             self.spans.extend(spans)
             self._arrived.notify_all()
 
-    def _measure(self, body: bytes) -> None:
-        """Keep what a protobuf body says of gauges."""
-        request = ExportMetricsServiceRequest.FromString(body)
-        scopes = (scope for resource in request.resource_metrics for scope in resource.scope_metrics)
-        for metric in (metric for scope in scopes for metric in scope.metrics):
-            for point in metric.gauge.data_points:
-                if not point.attributes:
-                    self.gauges[metric.name] = point.as_double or point.as_int
+    def _keep_points(self, points: list[Point]) -> None:
+        with self._arrived:
+            for point in points:
+                series = point.name, _sorted(point.resource), _sorted(point.attributes)
+                self.points[series] = point
+                self.exemplars.setdefault(point.name, set()).update(point.exemplars)
+            self._arrived.notify_all()
 
 
-def _handler(keep: Callable[[list[Span]], None], measure: Callable[[bytes], None]) -> type[BaseHTTPRequestHandler]:
+def _sorted(attributes: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted((name, str(value)) for name, value in attributes.items()))
+
+
+def _is_plain_gauge(point: Point) -> bool:
+    return point.kind == "gauge" and not point.attributes
+
+
+def _handler(
+    keep: Callable[[list[Span]], None], keep_points: Callable[[list[Point]], None]
+) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -93,20 +125,14 @@ def _handler(keep: Callable[[list[Span]], None], measure: Callable[[bytes], None
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             content_type = self.headers.get("Content-Type", "application/x-protobuf")
             status = 200
-            if self.path == "/v1/traces":
-                try:
-                    keep(
-                        read_spans(
-                            body,
-                            content_type=content_type,
-                            content_encoding=self.headers.get("Content-Encoding", ""),
-                        )
-                    )
-                except ValueError:
-                    status = 400
-            if self.path == "/v1/metrics":
-                encoded = self.headers.get("Content-Encoding") == "gzip"
-                measure(gzip.decompress(body) if encoded else body)
+            content_encoding = self.headers.get("Content-Encoding", "")
+            try:
+                if self.path == "/v1/traces":
+                    keep(read_spans(body, content_type=content_type, content_encoding=content_encoding))
+                if self.path == "/v1/metrics":
+                    keep_points(read_points(body, content_encoding=content_encoding))
+            except ValueError:
+                status = 400
             self.send_response(status)
             self.send_header("Content-Type", content_type)
             answer = b"{}" if "json" in content_type else b""

@@ -81,6 +81,9 @@ class Attempt:
         self.retries: int = request.retries or 0
         # Of this task, this one included; 0 until the inbox has counted it.
         self.starts = 0
+        # What the delivery has come to, and the class of the error that it met; for spans and metrics.
+        self.outcome: str | None = None
+        self.error_type: str | None = None
 
     def run(self) -> Any:
         """Run the task and commit its outcome.
@@ -190,7 +193,7 @@ class Attempt:
             units.give_up(session)
 
     def _skip(self, span: AttemptSpan) -> NoReturn:
-        span.set("taskmesh.outcome", "duplicate")
+        self._tell(span, "duplicate")
         with self.task.app.autocommit() as connection:
             if inbox.is_parked(connection, self.task_id, self.sequence):
                 # The process died after its commit, and before the broker was told.
@@ -298,7 +301,7 @@ class Attempt:
                 raise
             # What the task left to be flushed, or a constraint that is checked at the commit: the effect was refused.
             self._fail(unit, error, span)
-        span.set("taskmesh.outcome", state)
+        self._tell(span, state)
         if state == TaskState.SUCCEEDED:
             logger.info("task succeeded")
         else:
@@ -332,7 +335,7 @@ class Attempt:
             if isinstance(outcome.reason, SoftTimeLimitExceeded):
                 # It came while `retry` wrote the next attempt, and Celery takes that for a reason to park the message.
                 raise outcome.reason
-            span.set("taskmesh.outcome", "rejected")
+            self._tell(span, "rejected")
             if outcome.requeue:
                 raise outcome
             reason = outcome.reason
@@ -361,7 +364,7 @@ class Attempt:
         except AlreadySettled:
             self._skip(span)
         self._mark(span, cause or outcome)
-        span.set("taskmesh.outcome", "retrying")
+        self._tell(span, "retrying")
         logger.warning("attempt failed; task will be retried", extra={"code": failure.code, "due_at": due_at})
         self._end_if_cancelled()
         self._call(self.task.on_retry, outcome)
@@ -385,7 +388,7 @@ class Attempt:
             unit.settle_without_effect(InboxState.CANCELLED, [self._report(TaskState.CANCELLED)])
         except AlreadySettled:
             self._skip(span)
-        span.set("taskmesh.outcome", "cancelled")
+        self._tell(span, "cancelled")
         logger.info("task cancelled")
         raise Settled
 
@@ -401,7 +404,7 @@ class Attempt:
         except AlreadySettled:
             self._skip(span)
         self._mark(span, error)
-        span.set("taskmesh.outcome", "dead-lettered" if park else "failed")
+        self._tell(span, "dead-lettered" if park else "failed")
         logger.error("task failed", exc_info=error, extra={"code": failure.code, "losses": self.losses})
         self._call(self.task.on_failure, error)
         if park:
@@ -502,7 +505,12 @@ class Attempt:
         return AttemptSpan(self.task.name, self.headers, attributes, slow_seconds=slow_seconds)
 
     def _mark(self, span: AttemptSpan, error: BaseException) -> None:
-        span.fail(describe(error).code, qualified_name(error))
+        self.error_type = qualified_name(error)
+        span.fail(describe(error).code, self.error_type)
+
+    def _tell(self, span: AttemptSpan, outcome: str) -> None:
+        self.outcome = outcome
+        span.set("taskmesh.outcome", outcome)
 
 
 def _no_sooner(due_at: datetime | None, cause: BaseException | None) -> datetime | None:

@@ -76,6 +76,7 @@ def work(app: WorkerApp, settings: WorkerSettings) -> int:
     from celery import signals
     from celery.apps import worker as celery_program
 
+    from taskmesh.worker.measuring import PoolMetrics, show_slots
     from taskmesh.worker.shutdown import Shutdown
     from taskmesh.worker.watchdog import Watchdog
 
@@ -85,8 +86,14 @@ def work(app: WorkerApp, settings: WorkerSettings) -> int:
     # A receiver here keeps Celery from setting up logging of its own.
     signals.setup_logging.connect(lambda **_: None, weak=False)
 
+    prefork = settings.worker_pool == "prefork"
+    measured = PoolMetrics(f"{app.service}-worker", settings) if prefork else None
+    show_slots(settings)
+
     def start(**_: Any) -> None:
-        telemetry.start(f"{app.service}-worker", "worker", baggage_keys=settings.baggage_allowed)
+        if measured is not None:
+            measured.enter_child()
+        telemetry.start(f"{app.service}-worker", "worker", settings, with_metrics=not prefork)
         try:
             app.start_process()
         except Exception as error:
@@ -97,7 +104,7 @@ def work(app: WorkerApp, settings: WorkerSettings) -> int:
     def stop(**_: Any) -> None:
         telemetry.stop()
 
-    if settings.worker_pool == "prefork":
+    if prefork:
         # After the fork: an exporter's thread and a database connection do not survive one.
         signals.worker_process_init.connect(start, weak=False)
         signals.worker_process_shutdown.connect(stop, weak=False)
@@ -121,12 +128,14 @@ def work(app: WorkerApp, settings: WorkerSettings) -> int:
     )
     shutdown = Shutdown(app, worker, seconds=settings.soft_shutdown_seconds)
     shutdown.install()
-    if settings.worker_pool != "prefork":
+    if not prefork:
         Watchdog(app, shutdown, seconds=settings.soft_shutdown_seconds).start()
     try:
         worker.start()
     finally:
         shutdown.take_back_starts()
+        if measured is not None:
+            measured.stop()
         health.stopped()
     return int(worker.exitcode or 0)
 
@@ -137,7 +146,7 @@ async def relay(app: WorkerApp, settings: RelaySettings) -> None:
     from taskmesh.relay import Relay, ServiceHooks
 
     logs.configure(settings.log_format, settings.log_level, app.service, "relay")
-    telemetry.start(f"{app.service}-worker", "relay", baggage_keys=settings.baggage_allowed)
+    telemetry.start(f"{app.service}-worker", "relay", settings)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

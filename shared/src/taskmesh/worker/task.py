@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -22,6 +22,7 @@ from taskmesh.outbox import OutboxMessage
 from taskmesh.worker import unit as units
 from taskmesh.worker.attempt import Attempt
 from taskmesh.worker.failures import describe_violation
+from taskmesh.worker.measuring import measured
 from taskmesh.worker.reports import started
 from taskmesh.worker.values import celery_payload
 from taskmesh.worker.watching import CancelWatch
@@ -72,7 +73,9 @@ class MeshTask(Task):  # type: ignore[misc]  # Celery has no types
         """Run one delivery to its committed outcome; called by a person's code, just run the function."""
         if self.request.called_directly:
             return super().__call__(*args, **kwargs)
-        return Attempt(self, args, kwargs).run()
+        attempt = Attempt(self, args, kwargs)
+        with measured(attempt):
+            return attempt.run()
 
     @property
     def session(self) -> Session:
@@ -127,6 +130,13 @@ class MeshTask(Task):  # type: ignore[misc]  # Celery has no types
             session.commit()
         finally:
             units.give_up(session)
+
+    def after_commit(self, act: Callable[[], None]) -> None:
+        """Have `act` called when, and only if, the task's own transaction has been committed; for counting effects.
+
+        Not called when the process is killed in between, or the answer to the commit is lost. What it raises is logged.
+        """
+        self._unit().after_commit.append(act)
 
     def send(self, command: Command, **options: Any) -> UUID:
         """Send a command when, and only if, this task commits; takes the options of `apply_async`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -19,6 +20,8 @@ from taskmesh import inbox, outbox, telemetry
 from taskmesh.inbox import InboxState
 from taskmesh.outbox import OutboxMessage
 from taskmesh.worker.watching import CancelWatch
+
+logger = logging.getLogger(__name__)
 
 CANCEL_SECONDS = 2.0
 
@@ -67,6 +70,7 @@ class Unit:
     def __init__(self, key: Key, sessions: Callable[[], TaskSession]) -> None:
         self.key = key
         self.messages: list[OutboxMessage] = []
+        self.after_commit: list[Callable[[], None]] = []
         self.watch: CancelWatch | None = None
         self._sessions = sessions
         self._session: TaskSession | None = None
@@ -113,6 +117,12 @@ class Unit:
         if state is not InboxState.SUCCEEDED:
             self._record(session, state, **({"starts": 0} if replaced else {}))
         self._commit(session, messages)
+        for act in self.after_commit:
+            try:
+                act()
+            except Exception:
+                # The effect is committed, whatever is made of it.
+                logger.exception("hook failed", extra={"hook": "after_commit"})
 
     def settle_without_effect(self, state: InboxState, messages: list[OutboxMessage], *, parked: bool = False) -> None:
         """Undo what the task wrote, then commit the attempt's place in the inbox and the messages.

@@ -101,9 +101,11 @@ class Outcome:
 
     Attributes:
         replayed: The new tasks' ids by letter; None for a message that is no task.
+        accepted: The new tasks, once they are written.
     """
 
     replayed: dict[int, UUID | None] = field(default_factory=dict)
+    accepted: list[NewTask] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     first_due_at: datetime | None = None
     last_due_at: datetime | None = None
@@ -129,6 +131,7 @@ async def replay(connection: AsyncConnection, letter_ids: Sequence[int], announc
         outcome.replayed |= {plan.letter_id: plan.task.id if plan.task else None for plan in replays}
         if not order.dry_run:
             await _write(connection, replays, order)
+            outcome.accepted += [plan.task for plan in replays if plan.task is not None]
     if outcome.replayed:
         outcome.first_due_at = order.begin
         outcome.last_due_at = order.due_at(len(outcome.replayed) - 1) or order.begin

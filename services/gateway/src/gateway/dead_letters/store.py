@@ -16,12 +16,17 @@ from gateway.models import dead_letters
 from taskmesh.contracts.lifecycle import LifecycleEvent, TaskState
 
 
-async def store(connection: AsyncConnection, letters: Sequence[DeadLetter], diagnoses: Sequence[Diagnosis]) -> None:
-    """Keep dead letters; one that is kept already is not kept twice."""
-    if letters:
-        rows = [letter.row(diagnosis) for letter, diagnosis in zip(letters, diagnoses, strict=True)]
-        rows.sort(key=lambda row: row["fingerprint"])
-        await connection.execute(insert(dead_letters).on_conflict_do_nothing(), rows)
+async def store(
+    connection: AsyncConnection, letters: Sequence[DeadLetter], diagnoses: Sequence[Diagnosis]
+) -> list[tuple[DeadLetter, Diagnosis]]:
+    """Keep dead letters, and return those that were new; one that is kept already is not kept twice."""
+    if not letters:
+        return []
+    pairs = zip(letters, diagnoses, strict=True)
+    given = {letter.fingerprint(): (letter, diagnosis) for letter, diagnosis in pairs}
+    rows = [letter.row(diagnosis) for _, (letter, diagnosis) in sorted(given.items())]
+    statement = insert(dead_letters).on_conflict_do_nothing().returning(dead_letters.c.fingerprint)
+    return [given[bytes(fingerprint)] for fingerprint in (await connection.execute(statement, rows)).scalars()]
 
 
 async def complete(connection: AsyncConnection, events: Iterable[LifecycleEvent]) -> int:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Path, Query, Response
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway import ledger
+from gateway import ledger, measuring
 from gateway.auth import DeadLetterReader, DeadLetterWriter
 from gateway.bodies import JsonRoute
 from gateway.dead_letters import discarding, listing, replaying
@@ -142,6 +142,7 @@ async def replay_dead_letter(
             raise _refusal(outcome, letter)
         task_id = outcome.replayed[letter_id]
         task = None if task_id is None else TaskView.of(await ledger.get_task(connection, task_id))
+    measuring.count_accepted(outcome.accepted)
     if task is not None and not client.scopes & {Scope.TASKS_READ, Scope.DEAD_LETTERS_READ}:
         task = task.without_contents()
     if task is not None:
@@ -187,6 +188,7 @@ async def replay_dead_letters(
         matched = await listing.count(connection, wanted)
         chosen = await listing.matching(connection, wanted, limit=request.limit)
         outcome = await replaying.replay(connection, chosen, announced, order)
+    measuring.count_accepted(outcome.accepted)
     if not request.dry_run:
         facts = {"replayed": len(outcome.replayed), "refused": len(outcome.refused)}
         logger.info("dead letters replayed", extra={**facts, "api_key_id": str(client.id)})

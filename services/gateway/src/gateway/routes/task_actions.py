@@ -10,7 +10,7 @@ from fastapi import APIRouter, Path, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Row
 
-from gateway import cancelling, evidence, explaining, idempotency, ledger, retries, waiting
+from gateway import cancelling, evidence, explaining, idempotency, ledger, measuring, retries, waiting
 from gateway.auth import Client, TaskReader, TaskWriter
 from gateway.bodies import JsonRoute
 from gateway.cancelling import CancelOutcome, Wish
@@ -113,6 +113,8 @@ async def cancel_task(
         outcome, task = await cancelling.cancel(
             connection, task_id, wish, force_allowed=allowed, traceparent=telemetry.current_traceparent()
         )
+    if outcome is CancelOutcome.CANCELLED:
+        measuring.count_cancelled(task)
     logger.info("cancellation asked for", extra={"task_id": str(task_id), "outcome": outcome, "force": asked.force})
     headers = {}
     seconds = wait_seconds(prefer)
@@ -216,6 +218,7 @@ async def _retry(gateway: Gateway, client: Client, key: str | None, asked: _Retr
             fingerprint = idempotency.fingerprint(asked)
             if await idempotency.claim(connection, client.id, key, request_sha256=fingerprint, response=body):
                 raise retries.AlreadyRetried(f"task {asked.task_id} was tried again by this very request")
+    measuring.count_accepted([new])
     logger.info("task retried", extra={"task_id": str(new.id), "retry_of": str(new.retry_of), "type": new.type})
     return body
 

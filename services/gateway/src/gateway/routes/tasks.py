@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Row
 from starlette.responses import StreamingResponse
 
-from gateway import idempotency, ledger, waiting
+from gateway import idempotency, ledger, measuring, waiting
 from gateway.auth import Client, TaskReader, TaskWriter
 from gateway.bodies import MAX_TASK_BYTES, JsonRoute
 from gateway.catalogue import KnownType, Snapshot
@@ -332,6 +332,7 @@ async def _accept(
             if first is not None:
                 return _Accepted(body=first, replayed=True)
         await ledger.submit(connection, new)
+    measuring.count_accepted(new)
     if len(new) == 1:
         span = trace.get_current_span()
         span.set_attribute("taskmesh.task.id", str(new[0].id))

@@ -1,0 +1,192 @@
+"""The process's meter provider: OTLP where an endpoint is set, a page for Prometheus where a port is set, or neither.
+
+Nothing here may harm the work: a page that cannot be opened is logged, and a collector that is away is the exporter's
+matter, on its own thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+
+from opentelemetry import metrics
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.metrics import CallbackOptions, Meter, Observation
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
+from opentelemetry.sdk.metrics.view import DropAggregation, ExplicitBucketHistogramAggregation, View
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.trace import INVALID_SPAN, NonRecordingSpan, SpanContext, set_span_in_context
+from prometheus_client import CollectorRegistry, start_http_server
+
+from taskmesh.metrics import catalogue, instruments
+from taskmesh.metrics.instruments import Gauge, Instrument, Kind
+from taskmesh.settings import ServiceSettings
+
+logger = logging.getLogger(__name__)
+
+ENDPOINT_VARIABLE: Final = "OTEL_EXPORTER_OTLP_ENDPOINT"
+
+BUCKETS_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
+
+STOP_SECONDS: Final = 5
+"""How long a process that ends waits for its last export."""
+
+HTTP_ATTRIBUTES: Final = frozenset(
+    {
+        "http.request.method",
+        "http.route",
+        "http.response.status_code",
+        "url.scheme",
+        "network.protocol.version",
+    }
+)
+"""Those of the FastAPI instrumentation whose values are few whatever callers send."""
+
+_VIEWS: Final = (
+    View(
+        instrument_name="http.server.request.duration",
+        aggregation=ExplicitBucketHistogramAggregation(BUCKETS_SECONDS),
+        attribute_keys=set(HTTP_ATTRIBUTES),
+    ),
+    # What else the instrumentation and the SDK measure is not in the catalogue.
+    View(instrument_name="http.server.active_requests", aggregation=DropAggregation()),
+    View(instrument_name="http.server.*.size", aggregation=DropAggregation()),
+    View(instrument_name="otel.sdk.*", aggregation=DropAggregation()),
+)
+
+
+# An empty context is taken for none, and so for the current one.
+_NOWHERE: Final = set_span_in_context(INVALID_SPAN, Context())
+
+
+class _Reader(PeriodicExportingMetricReader):
+    """Exports from the process that made it, and from no other."""
+
+    def _at_fork_reinit(self) -> None:
+        """A pool child exports nothing: it would tell its parent's figures a second time."""
+
+
+class _Page:
+    """What Prometheus scrapes."""
+
+    def __init__(self, host: str, port: int) -> None:
+        """Open the page.
+
+        Raises:
+            OSError: The port is taken, or there is no such address.
+        """
+        registry = CollectorRegistry()
+        # Labels that name the library which measured would be in every series, and the same.
+        self.reader = PrometheusMetricReader(registry=registry, scope_info_enabled=False)
+        self._server, self._thread = start_http_server(port, host, registry)
+        logger.info("metrics page opened", extra={"host": host, "port": self._server.server_port})
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(STOP_SECONDS)
+
+    def forget(self) -> None:
+        """Leave the port to the process that opened it; called in a fork of it."""
+        self._server.socket.close()
+
+
+class _Recorder:
+    """Records through OpenTelemetry's instruments."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._made: dict[str, Any] = {}
+
+    def measure(
+        self, instrument: Instrument, value: float, attributes: Mapping[str, str], origin: SpanContext | None
+    ) -> None:
+        """Record one measurement, with its trace as its example."""
+        made = self._made.get(instrument.name) or self._make(instrument)
+        context = _NOWHERE if origin is None else set_span_in_context(NonRecordingSpan(origin), Context())
+        made(value, attributes, context)
+
+    def _make(self, instrument: Instrument) -> Callable[..., None]:
+        made: Callable[..., None]
+        if instrument.kind is Kind.COUNTER:
+            made = self._meter.create_counter(instrument.name, instrument.unit, instrument.description).add
+        else:
+            made = self._meter.create_histogram(
+                instrument.name,
+                instrument.unit,
+                instrument.description,
+                explicit_bucket_boundaries_advisory=BUCKETS_SECONDS,
+            ).record
+        self._made[instrument.name] = made
+        return made
+
+    def observe(self, gauge: Gauge) -> None:
+        """Export what the gauge shows."""
+
+        def look(_: CallbackOptions) -> Iterable[Observation]:
+            return [Observation(value, attributes) for value, attributes in gauge.read()]
+
+        self._meter.create_observable_gauge(gauge.name, [look], gauge.unit, gauge.description)
+
+
+_provider: MeterProvider | None = None
+_page: _Page | None = None
+
+
+def start(resource: Resource, release: str, settings: ServiceSettings) -> None:
+    """Begin to export metrics as environment and settings say; without either nothing is recorded.
+
+    Args:
+        resource: Who the process is.
+        release: The version of the mesh.
+    """
+    global _provider, _page  # noqa: PLW0603 - OpenTelemetry's own provider is a process-wide global too
+    readers: list[MetricReader] = []
+    if os.environ.get(ENDPOINT_VARIABLE):
+        readers.append(_Reader(OTLPMetricExporter()))
+    if settings.metrics_port is not None:
+        try:
+            _page = _Page(settings.metrics_host, settings.metrics_port)
+        except OSError as error:
+            facts = {"host": settings.metrics_host, "port": settings.metrics_port, "reason": error.strerror}
+            logger.error("metrics page not opened", extra=facts)  # noqa: TRY400 - the reason says all
+        else:
+            readers.append(_page.reader)
+    if not readers:
+        return
+    _provider = MeterProvider(readers, resource=resource, views=_VIEWS, shutdown_on_exit=False)
+    metrics.set_meter_provider(_provider)
+    recorder = _Recorder(_provider.get_meter("taskmesh", release))
+    for instrument in instruments.declared():
+        if isinstance(instrument, Gauge):
+            recorder.observe(instrument)
+    instruments.send_to(recorder)
+    catalogue.BUILD_INFO.show([(1, {"version": release, "python_version": platform.python_version()})])
+    # Nothing is lost yet: a counter that begins with its first loss has no increase to be seen.
+    catalogue.TELEMETRY_DROPPED.add(0, signal="metrics")
+
+
+def stop() -> None:
+    """Export what is recorded, and close the page."""
+    global _provider, _page  # noqa: PLW0603 - see `start`
+    instruments.send_to(None)
+    if _page is not None:
+        _page.close()
+    if _provider is not None:
+        _provider.shutdown(timeout_millis=STOP_SECONDS * 1000)
+    _provider = _page = None
+
+
+def leave() -> None:
+    """Forget, in a fork of it, the process that exports; without a sink of its own this one records nothing."""
+    global _provider, _page  # noqa: PLW0603 - see `start`
+    instruments.send_to(None)
+    if _page is not None:
+        _page.forget()
+    _provider = _page = None
