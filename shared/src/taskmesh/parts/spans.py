@@ -15,6 +15,15 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1 import trace_pb2
 
 
+@dataclass(frozen=True, slots=True)
+class SpanLink:
+    """What a span says of a span elsewhere, most often of another trace."""
+
+    trace_id: str
+    span_id: str
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
     """One received span; ids are lower-case hex, a root's `parent_id` is empty."""
@@ -32,7 +41,7 @@ class Span:
     attributes: Mapping[str, Any] = field(default_factory=dict)
     resource: Mapping[str, Any] = field(default_factory=dict)
     events: tuple[Mapping[str, Any], ...] = ()
-    links: tuple[str, ...] = ()
+    links: tuple[SpanLink, ...] = ()
 
     @property
     def duration_seconds(self) -> float:
@@ -82,7 +91,9 @@ def _span(span: trace_pb2.Span, resource: dict[str, Any]) -> Span:
             {"name": event.name, "at_nanoseconds": event.time_unix_nano, "attributes": _attributes(event.attributes)}
             for event in span.events
         ),
-        links=tuple(link.trace_id.hex() for link in span.links),
+        links=tuple(
+            SpanLink(link.trace_id.hex(), link.span_id.hex(), _attributes(link.attributes)) for link in span.links
+        ),
     )
 
 
@@ -96,6 +107,8 @@ def _value(value: AnyValue) -> Any:  # An attribute may be anything JSON knows.
             return [_value(item) for item in value.array_value.values]
         case "kvlist_value":
             return _attributes(value.kvlist_value.values)
+        case "bytes_value":
+            return base64.b64encode(value.bytes_value).decode()
         case None:
             return None
         case name:
