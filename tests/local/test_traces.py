@@ -197,7 +197,9 @@ def test_spans_between_the_attempts_do_not_part_them(page, exports):
 @pytest.mark.parametrize(
     ("outcomes", "state"),
     [
-        (["succeeded"], "ok"),
+        (["succeeded"], "succeeded"),
+        (["cancelled"], "cancelled"),
+        ([], ""),
         (["retrying", "succeeded"], "recovered"),
         (["retrying", "failed"], "failed"),
         (["retrying"], "retrying"),
@@ -209,7 +211,7 @@ def test_a_trace_is_as_good_as_the_last_attempt_of_each_task(page, exports, outc
     with exports.exported():
         root = exports.submission("a.b.c", "one")
         for number, outcome in enumerate(outcomes, 1):
-            error = None if outcome in {"succeeded", "duplicate"} else "Broken"
+            error = None if outcome in {"succeeded", "cancelled", "duplicate"} else "Broken"
             exports.attempt(
                 "a-worker", "a.b.c", "one", root, due=number * 100, start=number * 100 + 20, end=number * 100 + 30,
                 number=1 if outcome == "duplicate" else number, outcome=outcome, error=error,

@@ -30,7 +30,8 @@ class Overview:
         retries: Attempts after the first.
         tasks: Tasks that were attempted.
         state: `failed` if a task or the request failed for good, `retrying` if a task's next attempt is still to come,
-            `recovered` if what failed was made good, else `ok`.
+            `cancelled` if one was; `succeeded` if every task did, `recovered` if that took more than one try; empty if
+            the spans do not say.
         name, service: Of the root, or of the first span while the root is missing.
         task: The type of the first task that a span names.
     """
@@ -110,12 +111,15 @@ def _sort(root: Mark, marks: Sequence[Mark], errors: int) -> str:
 
 
 def _state(root: Mark, tasks: list[list[Mark]], errors: int) -> str:
-    if not errors:
-        return "ok"
     ends = {attempts.state_of(task) for task in tasks}
-    if root.failed or not tasks or ends & attempts.BAD_ENDS:
+    if ends & attempts.BAD_ENDS or (errors and (root.failed or not tasks)):
         return "failed"
-    return "retrying" if "retrying" in ends else "recovered"
+    for unfinished in ("retrying", "cancelled"):
+        if unfinished in ends:
+            return unfinished
+    if ends != {"succeeded"}:
+        return ""
+    return "recovered" if errors else "succeeded"
 
 
 def _consumed(marks: Sequence[Mark]) -> str:

@@ -53,7 +53,8 @@ def application(title: str) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def show_mistake(request: Request, error: RequestValidationError) -> Response:
         """What of a query is wrong, in words: it is typed by a person, or comes from a link that somebody has sent."""
-        mistakes = "; ".join(f"{each['loc'][-1]}: {each['msg']}" for each in error.errors())
+        told = ((each["loc"][-1], each["msg"].removeprefix("Value error, ")) for each in error.errors())
+        mistakes = "; ".join(f"{name}: {message}" for name, message in told)
         return await show_error(request, HTTPException(422, mistakes))
 
     return app
