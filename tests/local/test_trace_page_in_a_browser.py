@@ -24,7 +24,7 @@ from taskmesh_local.spans import Spans
 from taskmesh_local.traces import application
 from told_spans import Exports, trace_id
 
-PATIENCE_MS = 15_000
+PATIENCE_MS = 30_000
 PICTURE_BYTES = 150_000
 
 
@@ -220,33 +220,51 @@ def test_the_keyboard_reaches_everything(opened, exports):
 
 
 def test_a_trace_of_a_thousand_spans_is_shown_scrolled_and_folded_at_once(opened, exports):
-    """Generous times, for a machine that is busy: unhindered, each takes a tenth of them."""
+    """By the time that the browser computes, which does not depend on what else the machine does; generously."""
     root = told_spans.large(exports)
     exports.export()
-    begun = time.monotonic()
-    with opened(f"/traces/{trace_id(root)}") as page:
+    with opened("/") as page:
+        clock = computing(page)
+        page.goto(page.url + f"traces/{trace_id(root)}")
         assert page.locator(".row").count() == 1000
-        page.keyboard.press("Tab")
-        shown = time.monotonic() - begun
+        shown = clock()
 
-        # Each step waits until the browser has drawn.
-        longest = page.evaluate("""async () => {
-            let longest = 0;
-            for (let y = 0; y < document.documentElement.scrollHeight; y += 1600) {
-                const begun = performance.now();
-                scrollTo(0, y);
-                await new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)));
-                longest = Math.max(longest, performance.now() - begun);
-            }
-            return longest;
-        }""")
-        begun = time.monotonic()
+        page.evaluate(SCROLL)
+        scrolled = clock()
+
         page.get_by_role("button", name="Fold all", exact=True).click()
         expect(row(page, "smtp send").first).to_be_hidden()
-        folded = time.monotonic() - begun
-
         assert page.locator(".row:not([hidden])").count() == 334
-        assert (shown < 8, longest < 1500, folded < 3) == (True, True, True), (shown, longest, folded)
+        folded = clock()
+
+    # Measured: 0.1, 0.4 and 0.1 seconds.
+    assert shown < 2
+    assert scrolled < 4
+    assert folded < 2
+
+
+# From the top to the bottom, and at each step until the browser has drawn.
+SCROLL = """async () => {
+  for (let y = 0; y < document.documentElement.scrollHeight; y += 1600) {
+    scrollTo(0, y);
+    await new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)));
+  }
+}"""
+
+
+def computing(page):
+    """A clock: how many seconds the page's own thread has computed since it was last asked."""
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+    before = 0.0
+
+    def clock():
+        nonlocal before
+        metrics = {each["name"]: each["value"] for each in session.send("Performance.getMetrics")["metrics"]}
+        passed, before = metrics["ThreadTime"] - before, metrics["ThreadTime"]
+        return passed
+
+    return clock
 
 
 def test_new_traces_come_while_somebody_looks(opened, exports):
