@@ -326,6 +326,26 @@ def test_otlp_json_writes_ids_in_hex():
     assert (span.service, span.kind, span.failed, span.duration_seconds) == ("gateway", "server", True, 1.5)
 
 
+def test_a_link_names_the_span_at_its_other_end_and_says_what_it_is_for():
+    """Attributes may hold anything, bytes too; what comes out can be written as JSON."""
+    link = {
+        "traceId": "5b8efff798038103d269b633813fc60c",
+        "spanId": "eee19b7ec3c1b174",
+        "attributes": [
+            {"key": "taskmesh.link", "value": {"stringValue": "replay_of"}},
+            {"key": "raw", "value": {"bytesValue": "AQI="}},
+        ],
+    }
+    span = {"traceId": "00" * 16, "spanId": "00" * 8, "name": "publish taskmesh.commands", "links": [link]}
+    request = {"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]}
+
+    [read] = read_spans(json.dumps(request).encode(), content_type="application/json")
+
+    [link] = read.links
+    assert (link.trace_id, link.span_id) == ("5b8efff798038103d269b633813fc60c", "eee19b7ec3c1b174")
+    assert json.loads(json.dumps(link.attributes)) == {"taskmesh.link": "replay_of", "raw": "AQI="}
+
+
 def test_what_is_no_otlp_is_refused():
     """One error for all the ways in which a body can be wrong."""
     for headers in ({}, {"content_type": "application/json"}, {"content_encoding": "gzip"}):

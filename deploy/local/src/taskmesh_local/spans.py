@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, Field
-
-from taskmesh.parts.spans import Span
+from taskmesh.parts.spans import Span, SpanLink
+from taskmesh_local import attempts, searching
+from taskmesh_local.attempts import Mark
+from taskmesh_local.overview import Overview, overview
+from taskmesh_local.searching import TraceQuery
 from taskmesh_local.sqlite import opened
 
-# The oldest traces go first; far more than a person looks at, and some hundred megabytes at most.
-KEPT_TRACES = 5000
+# Of each sort: requests that only read, and batches of messages, do not push out the requests for work. The oldest go
+# first. Some hundred megabytes at most.
+KEPT_TRACES = 10_000
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS spans (
+# Raised with the tables, and with what spans are found by: what an older release kept is forgotten then, for a
+# laptop's traces are no archive.
+VERSION = 2
+SCHEMA = f"""
+BEGIN;
+DROP TABLE IF EXISTS spans;
+DROP TABLE IF EXISTS traces;
+DROP TABLE IF EXISTS facets;
+DROP TABLE IF EXISTS words;
+DROP TABLE IF EXISTS links;
+CREATE TABLE spans (
     trace_id TEXT NOT NULL,
     span_id TEXT NOT NULL,
     parent_id TEXT NOT NULL,
@@ -29,76 +41,102 @@ CREATE TABLE IF NOT EXISTS spans (
     begun INTEGER NOT NULL,
     ended INTEGER NOT NULL,
     failed INTEGER NOT NULL,
+    waited_from INTEGER NOT NULL,
+    task_id TEXT NOT NULL,
+    task_type TEXT NOT NULL,
+    attempt INTEGER NOT NULL,
+    outcome TEXT NOT NULL,
+    late INTEGER NOT NULL,
+    batch INTEGER NOT NULL,
     span TEXT NOT NULL,
     PRIMARY KEY (trace_id, span_id)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS traces (
-    trace_id TEXT PRIMARY KEY,
+);
+CREATE TABLE traces (
+    id INTEGER PRIMARY KEY,
+    trace_id TEXT NOT NULL UNIQUE,
+    sort TEXT NOT NULL,
     begun INTEGER NOT NULL,
     ended INTEGER NOT NULL,
+    running INTEGER NOT NULL,
+    waiting INTEGER NOT NULL,
     spans INTEGER NOT NULL,
     errors INTEGER NOT NULL,
     orphans INTEGER NOT NULL,
+    late INTEGER NOT NULL,
+    retries INTEGER NOT NULL,
+    tasks INTEGER NOT NULL,
+    state TEXT NOT NULL,
     services TEXT NOT NULL,
     name TEXT NOT NULL,
     service TEXT NOT NULL,
-    kind TEXT NOT NULL,
-    task TEXT
+    task TEXT NOT NULL
+);
+CREATE INDEX traces_begun ON traces (begun, trace_id);
+CREATE INDEX traces_sort ON traces (sort, begun, trace_id);
+CREATE TABLE facets (
+    facet TEXT NOT NULL,
+    value TEXT NOT NULL,
+    trace INTEGER NOT NULL,
+    PRIMARY KEY (facet, value, trace)
 ) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS traces_begun ON traces (begun);
+CREATE TABLE words (
+    word TEXT NOT NULL,
+    trace INTEGER NOT NULL,
+    PRIMARY KEY (word, trace)
+) WITHOUT ROWID;
+CREATE TABLE links (
+    trace_id TEXT NOT NULL,
+    span_id TEXT NOT NULL,
+    position INTEGER NOT NULL,
+    to_trace TEXT NOT NULL,
+    to_span TEXT NOT NULL,
+    relation TEXT NOT NULL,
+    PRIMARY KEY (trace_id, span_id, position)
+) WITHOUT ROWID;
+CREATE INDEX links_to ON links (to_trace, to_span);
+PRAGMA user_version = {VERSION};
+COMMIT;
 """
 
-# A trace's line is counted anew when spans of it come: they arrive from several processes, in any order, and twice.
-COUNT = """
-INSERT OR REPLACE INTO traces
-SELECT trace_id, min(begun), max(ended), count(*), sum(failed),
-    (SELECT count(*) FROM spans AS child WHERE child.trace_id = spans.trace_id AND child.parent_id <> ''
-        AND NOT EXISTS (SELECT 1 FROM spans AS parent
-            WHERE parent.trace_id = child.trace_id AND parent.span_id = child.parent_id)),
-    (SELECT group_concat(service) FROM (SELECT service FROM spans AS each WHERE each.trace_id = spans.trace_id
-        GROUP BY service ORDER BY min(begun))),
-    (SELECT name FROM spans AS root WHERE root.trace_id = spans.trace_id ORDER BY parent_id <> '', begun LIMIT 1),
-    (SELECT service FROM spans AS root WHERE root.trace_id = spans.trace_id ORDER BY parent_id <> '', begun LIMIT 1),
-    (SELECT kind FROM spans AS root WHERE root.trace_id = spans.trace_id ORDER BY parent_id <> '', begun LIMIT 1),
-    (SELECT name FROM spans AS first WHERE first.trace_id = spans.trace_id AND kind = 'consumer' AND parent_id <> ''
-        ORDER BY begun LIMIT 1)
-FROM spans WHERE trace_id = ? GROUP BY trace_id
-"""
-
-
-class TraceQuery(BaseModel):
-    """Which traces to list.
-
-    Attributes:
-        service: Only those with a span of this service.
-        q: Only those with this text in a span, whatever its case; or the one with this trace id.
-        errors: Only those with a failed span.
-        background: Also those that begin with a consumer (batches of messages, which belong to no one request), and
-            those that only read and did not fail.
-    """
-
-    limit: Annotated[int, Field(ge=1, le=1000)] = 100
-    service: str = ""
-    q: str = ""
-    errors: bool = False
-    background: bool = True
+SPAN_FIELDS = [field.name for field in fields(Span)]
+MARKS = ", ".join(Mark._fields)
+LINE = ", ".join(field.name for field in fields(Overview))
+LINE_OF_OTHER = ", ".join(f"other.{field.name}" for field in fields(Overview))
+CHANGED = ", ".join(f"{field.name} = excluded.{field.name}" for field in fields(Overview))
 
 
 @dataclass(frozen=True, slots=True)
-class TraceSpan:
-    """A span at its place in the tree of its trace."""
+class Found:
+    """One page of a list of traces.
 
-    span: Span
-    depth: int
-    orphan: bool
-    start_ms: float
-    duration_ms: float
+    Attributes:
+        total: How many there are on all pages together.
+        next: What to ask for to see older ones; None on the last page.
+    """
 
-    def to_json(self) -> dict[str, Any]:
-        shown = asdict(self.span)
-        for name in ("trace_id", "start_nanoseconds", "end_nanoseconds"):
-            del shown[name]
-        return shown | {"start_ms": self.start_ms, "duration_ms": self.duration_ms, "orphan": self.orphan}
+    traces: list[Overview]
+    total: int
+    next: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A span link as one of its two ends sees it.
+
+    Attributes:
+        span_id: The span at this end; empty where the other end names a trace alone.
+        other_trace, other_span: The other end.
+        other: Its trace, as far as it has come.
+        outgoing: Whether this end made the link.
+        relation: The value of `taskmesh.link`, in the words of the end that made the link; empty without one.
+    """
+
+    span_id: str
+    other_trace: str
+    other_span: str
+    relation: str
+    outgoing: bool
+    other: Overview | None
 
 
 class Spans:
@@ -108,92 +146,145 @@ class Spans:
         self._path = path
         with opened(self._path) as database:
             database.execute("PRAGMA journal_mode = WAL")
-            database.executescript(SCHEMA)
+            if database.execute("PRAGMA user_version").fetchone()[0] != VERSION:
+                database.executescript(SCHEMA)
 
     def add(self, spans: Sequence[Span]) -> None:
         """Keep spans; one that came before is replaced."""
-        rows = [
-            (
-                *(s.trace_id, s.span_id, s.parent_id, s.service, s.name, s.kind),
-                *(s.start_nanoseconds, s.end_nanoseconds, s.failed, json.dumps(asdict(s))),
-            )
-            for s in spans
-        ]
+        marks = [attempts.mark(span) for span in spans]
+        rows = [(span.trace_id, *each, _text(span)) for span, each in zip(spans, marks, strict=True)]
         with opened(self._path) as database:
-            database.executemany("INSERT OR REPLACE INTO spans VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
-            database.executemany(COUNT, [(trace_id,) for trace_id in {span.trace_id for span in spans}])
-            self._forget(database)
+            places = ", ".join("?" * (len(Mark._fields) + 2))
+            database.executemany(f"INSERT OR REPLACE INTO spans VALUES ({places})", rows)  # noqa: S608 - constants
+            ids = {trace_id: _sum_up(database, trace_id) for trace_id in {span.trace_id for span in spans}}
+            _index(database, spans, ids)
+            _forget(database)
 
-    def find(self, wanted: TraceQuery) -> list[dict[str, Any]]:
+    def find(self, wanted: TraceQuery) -> Found:
         """The newest traces first."""
-        where = """
-            SELECT trace_id, begun, ended, spans, errors, orphans, services, name, service, task FROM traces
-            WHERE (:service = '' OR ',' || services || ',' LIKE '%,' || :service || ',%')
-              AND (NOT :errors OR errors > 0)
-              AND (:background OR kind <> 'consumer' AND (name NOT LIKE 'GET %' OR spans > 1 OR errors > 0))
-              AND (:q = '' OR trace_id = :q OR EXISTS (
-                  SELECT 1 FROM spans WHERE spans.trace_id = traces.trace_id AND instr(lower(span), lower(:q)) > 0))
-            ORDER BY begun DESC LIMIT :limit
+        where, values = wanted.condition(datetime.now(UTC))
+        newer = "(begun, trace_id) < (SELECT begun, trace_id FROM traces WHERE trace_id = :before)"
+        page = f"{where} AND {newer}" if wanted.before else where
+        values |= {"before": wanted.before, "limit": wanted.limit + 1}
+        select = f"SELECT {LINE} FROM traces WHERE {page} ORDER BY begun DESC, trace_id DESC LIMIT :limit"  # noqa: S608 - made of constants
+        with opened(self._path) as database:
+            found = [_overview(row) for row in database.execute(select, values)]
+            [total] = database.execute(f"SELECT count(*) FROM traces WHERE {where}", values).fetchone()  # noqa: S608 - made of constants
+        shown = found[: wanted.limit]
+        return Found(shown, total, shown[-1].trace_id if len(found) > wanted.limit else None)
+
+    def choices(self, facet: str) -> list[str]:
+        """The values of a facet that some kept trace has."""
+        with opened(self._path) as database:
+            select = "SELECT DISTINCT value FROM facets WHERE facet = ? ORDER BY value"
+            return [value for (value,) in database.execute(select, (facet,))]
+
+    def get(self, trace_id: str) -> tuple[Overview, list[Span]] | None:
+        """A trace's line and its spans by their beginning; None if no span of it is known."""
+        with opened(self._path) as database:
+            row = database.execute(f"SELECT {LINE} FROM traces WHERE trace_id = ?", (trace_id,)).fetchone()  # noqa: S608 - a constant
+            select = "SELECT span FROM spans WHERE trace_id = ? ORDER BY begun, span_id"
+            spans = [_span(text) for (text,) in database.execute(select, (trace_id,))]
+        return (_overview(row), spans) if row else None
+
+    def links_from(self, trace_id: str, span_id: str = "") -> list[Link]:
+        """The links that the spans of this trace have made; given a span, only those of that one."""
+        select = f"""
+            SELECT span_id, to_trace, to_span, relation, {LINE_OF_OTHER} FROM links
+            LEFT JOIN traces AS other ON other.trace_id = to_trace
+            WHERE links.trace_id = ? AND (? = '' OR span_id = ?) ORDER BY span_id, position
+        """  # noqa: S608 - a constant
+        return self._links(select, (trace_id, span_id, span_id), outgoing=True)
+
+    def links_to(self, trace_id: str, span_id: str = "", *, batches: bool, limit: int) -> list[Link]:
+        """The links that others have made to this trace, or to one span of it, the newest first.
+
+        Args:
+            trace_id: The trace.
+            span_id: A span of it; empty for links to any span.
+            batches: Either the links of batches of messages, or all others.
+            limit: How many at most.
         """
+        select = f"""
+            SELECT to_span, links.trace_id, span_id, relation, {LINE_OF_OTHER} FROM links
+            JOIN traces AS other ON other.trace_id = links.trace_id
+            WHERE to_trace = ? AND (? = '' OR to_span = ?) AND (other.sort = 'batch') = ?
+            ORDER BY other.begun DESC LIMIT ?
+        """  # noqa: S608 - a constant
+        return self._links(select, (trace_id, span_id, span_id, batches, limit), outgoing=False)
+
+    def _links(self, select: str, values: Sequence[Any], *, outgoing: bool) -> list[Link]:
         with opened(self._path) as database:
-            rows = database.execute(where, wanted.model_dump())
-            return [_summary(row) for row in rows.fetchall()]
-
-    def services(self) -> list[str]:
-        """Every service that has sent a span."""
-        with opened(self._path) as database:
-            return [row[0] for row in database.execute("SELECT DISTINCT service FROM spans ORDER BY service")]
-
-    def get(self, trace_id: str) -> tuple[dict[str, Any], list[TraceSpan]] | None:
-        """A trace's line and its spans, each behind its parent; None if no span of it is known."""
-        columns = "trace_id, begun, ended, spans, errors, orphans, services, name, service, task"
-        with opened(self._path) as database:
-            row = database.execute(f"SELECT {columns} FROM traces WHERE trace_id = ?", (trace_id,)).fetchone()  # noqa: S608 - a constant
-            found = database.execute("SELECT span FROM spans WHERE trace_id = ? ORDER BY begun", (trace_id,)).fetchall()
-        if row is None:
-            return None
-        return _summary(row), _tree([Span(**json.loads(span)) for (span,) in found])
-
-    def _forget(self, database: sqlite3.Connection) -> None:
-        old = "SELECT trace_id FROM traces ORDER BY begun DESC LIMIT -1 OFFSET ?"
-        gone = database.execute(old, (KEPT_TRACES,)).fetchall()
-        database.executemany("DELETE FROM spans WHERE trace_id = ?", gone)
-        database.executemany("DELETE FROM traces WHERE trace_id = ?", gone)
+            rows = database.execute(select, values).fetchall()
+        return [_link(row, outgoing=outgoing) for row in rows]
 
 
-def _summary(row: tuple[Any, ...]) -> dict[str, Any]:
-    trace_id, begun, ended, spans, errors, orphans, services, name, service, task = row
-    return {
-        "trace_id": trace_id,
-        "name": name,
-        "service": service,
-        # "process billing.invoice.issue": the task that the request asked for.
-        "task": (task or "").removeprefix("process "),
-        "services": services.split(","),
-        "started_at": datetime.fromtimestamp(begun / 1e9, UTC)
-        .isoformat(timespec="milliseconds")
-        .replace("+00:00", "Z"),
-        "duration_ms": (ended - begun) / 1e6,
-        "spans": spans,
-        "errors": errors,
-        "orphans": orphans,
-    }
+def _sum_up(database: sqlite3.Connection, trace_id: str) -> int:
+    """Write a trace's line anew: its spans arrive from several processes, in any order, and twice. Its row's id."""
+    marks = [Mark(*row) for row in database.execute(f"SELECT {MARKS} FROM spans WHERE trace_id = ?", (trace_id,))]  # noqa: S608 - a constant
+    line = overview(trace_id, marks)
+    values = [json.dumps(line.services) if name == "services" else getattr(line, name) for name in LINE.split(", ")]
+    upsert = f"""
+        INSERT INTO traces ({LINE}) VALUES ({", ".join("?" * len(values))})
+        ON CONFLICT (trace_id) DO UPDATE SET {CHANGED} RETURNING id
+    """  # noqa: S608 - constants
+    [(number,)] = database.execute(upsert, values).fetchall()
+    return int(number)
 
 
-def _tree(spans: list[Span]) -> list[TraceSpan]:
-    """The spans depth first, siblings by their start; a span whose parent is missing starts a tree of its own."""
-    known = {span.span_id for span in spans}
-    children: dict[str, list[Span]] = {}
-    for span in spans:
-        children.setdefault(span.parent_id if span.parent_id in known else "", []).append(span)
-    begun = min(span.start_nanoseconds for span in spans)
-    placed: list[TraceSpan] = []
-    waiting = [(span, 0) for span in reversed(children.get("", ()))]
-    while waiting:
-        span, depth = waiting.pop()
-        start = (span.start_nanoseconds - begun) / 1e6
-        duration = (span.end_nanoseconds - span.start_nanoseconds) / 1e6
-        orphan = bool(span.parent_id) and span.parent_id not in known
-        placed.append(TraceSpan(span, depth, orphan, start, duration))
-        waiting += [(child, depth + 1) for child in reversed(children.get(span.span_id, ()))]
-    return placed
+def _index(database: sqlite3.Connection, spans: Iterable[Span], ids: dict[str, int]) -> None:
+    found_by = {(facet, value, ids[span.trace_id]) for span in spans for facet, value in searching.facets(span)}
+    database.executemany("INSERT OR IGNORE INTO facets VALUES (?, ?, ?)", found_by)
+    words = {(word, ids[span.trace_id]) for span in spans for word in searching.words(span)}
+    database.executemany("INSERT OR IGNORE INTO words VALUES (?, ?)", words)
+    links = [row for span in spans for row in _rows_of_links(span)]
+    database.executemany("INSERT OR REPLACE INTO links VALUES (?, ?, ?, ?, ?, ?)", links)
+
+
+def _rows_of_links(span: Span) -> Iterator[tuple[Any, ...]]:
+    for position, link in enumerate(span.links):
+        relation = str(link.attributes.get("taskmesh.link", ""))
+        yield span.trace_id, span.span_id, position, link.trace_id, link.span_id, relation
+
+
+def _forget(database: sqlite3.Connection) -> None:
+    """Drop the oldest traces of each sort beyond those that are kept."""
+    for sort, count in database.execute("SELECT sort, count(*) FROM traces GROUP BY sort").fetchall():
+        old = "SELECT id, trace_id FROM traces WHERE sort = ? ORDER BY begun, trace_id LIMIT ?"
+        for number, trace_id in database.execute(old, (sort, max(0, count - KEPT_TRACES))).fetchall():
+            _drop(database, number, trace_id)
+
+
+def _drop(database: sqlite3.Connection, number: int, trace_id: str) -> None:
+    texts = database.execute("SELECT span FROM spans WHERE trace_id = ?", (trace_id,)).fetchall()
+    spans = [_span(text) for (text,) in texts]
+    # By what it is found by, which is cheaper than a second index on each of the two tables.
+    found_by = {(*facet, number) for span in spans for facet in searching.facets(span)}
+    database.executemany("DELETE FROM facets WHERE facet = ? AND value = ? AND trace = ?", found_by)
+    words = {(word, number) for span in spans for word in searching.words(span)}
+    database.executemany("DELETE FROM words WHERE word = ? AND trace = ?", words)
+    for table in ("links", "spans", "traces"):
+        database.execute(f"DELETE FROM {table} WHERE trace_id = ?", (trace_id,))  # noqa: S608 - constants
+
+
+def _link(row: Sequence[Any], *, outgoing: bool) -> Link:
+    span_id, other_trace, other_span, relation, *other = row
+    # Of a trace that has not come, an outer join has nothing.
+    return Link(span_id, other_trace, other_span, relation, outgoing, _overview(other) if other[0] else None)
+
+
+def _text(span: Span) -> str:
+    # Not by `asdict`, which would copy every attribute first.
+    shown = {name: getattr(span, name) for name in SPAN_FIELDS}
+    return json.dumps(shown, separators=(",", ":"), default=asdict)
+
+
+def _span(text: str) -> Span:
+    values = json.loads(text)
+    links = tuple(SpanLink(**link) for link in values.pop("links"))
+    return Span(**values | {"links": links, "events": tuple(values["events"])})
+
+
+def _overview(row: Sequence[Any]) -> Overview:
+    values = dict(zip((field.name for field in fields(Overview)), row, strict=True))
+    return Overview(**values | {"services": tuple(json.loads(values["services"]))})

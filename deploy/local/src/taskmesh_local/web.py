@@ -12,6 +12,7 @@ from urllib.parse import quote
 import jinja2
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
@@ -49,6 +50,13 @@ def application(title: str) -> FastAPI:
         values = {"status_code": error.status_code, "detail": error.detail}
         return page(request, "error.html", values, status_code=error.status_code)
 
+    @app.exception_handler(RequestValidationError)
+    async def show_mistake(request: Request, error: RequestValidationError) -> Response:
+        """What of a query is wrong, in words: it is typed by a person, or comes from a link that somebody has sent."""
+        told = ((each["loc"][-1], each["msg"].removeprefix("Value error, ")) for each in error.errors())
+        mistakes = "; ".join(f"{name}: {message}" for name, message in told)
+        return await show_error(request, HTTPException(422, mistakes))
+
     return app
 
 
@@ -81,15 +89,35 @@ def _bytes(count: int) -> str:
 
 def _milliseconds(value: float) -> str:
     if value < 1:
-        return f"{value * 1000:.0f} µs"
+        return f"{value * 1000:.0f} µs" if value else "0"
     if value < 1000:
         return f"{value:.1f} ms" if value < 100 else f"{value:.0f} ms"
-    return f"{value / 1000:.2f} s"
+    if value < 100_000:
+        return f"{value / 1000:.2f} s"
+    minutes, seconds = divmod(round(value / 1000), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+
+
+def _tick(value: float) -> str:
+    """A round length, without the digits that are not needed."""
+    if not value:
+        return "0"
+    if value < 1:
+        return f"{value * 1000:.6g} µs"
+    return f"{value:.6g} ms" if value < 1000 else f"{value / 1000:.6g} s"
 
 
 def _clock(value: str) -> str:
-    """The local time of day; the date stands in the title of the element."""
-    return datetime.fromisoformat(value).astimezone().strftime("%H:%M:%S")
+    """The local time of day, with the date if that is another one; the whole stands in the title of the element."""
+    at = datetime.fromisoformat(value).astimezone()
+    return at.strftime("%H:%M:%S" if at.date() == datetime.now().astimezone().date() else "%-d %b %H:%M:%S")
+
+
+def _instant(value: str) -> str:
+    """Local date and time to the millisecond."""
+    at = datetime.fromisoformat(value).astimezone()
+    return f"{at:%-d %b %Y, %H:%M:%S}.{at.microsecond // 1000:03}"
 
 
 def _mailboxes(header: str) -> list[tuple[str, str]]:
@@ -97,4 +125,11 @@ def _mailboxes(header: str) -> list[tuple[str, str]]:
     return getaddresses([header])
 
 
-_templates.filters |= {"bytes": _bytes, "milliseconds": _milliseconds, "clock": _clock, "mailboxes": _mailboxes}
+_templates.filters |= {
+    "bytes": _bytes,
+    "milliseconds": _milliseconds,
+    "tick": _tick,
+    "clock": _clock,
+    "instant": _instant,
+    "mailboxes": _mailboxes,
+}
