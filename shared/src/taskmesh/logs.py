@@ -63,6 +63,8 @@ QUIET = {
     "celery.redirected": logging.WARNING,
     "alembic": logging.WARNING,
     "opentelemetry": logging.ERROR,
+    # It tells of every batch, and of where it was to go; `taskmesh.exporting` says once a minute what that comes to.
+    "opentelemetry.exporter.otlp": logging.CRITICAL,
 }
 
 

@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
 from opentelemetry import context, metrics, propagate, trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.metrics import Meter
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from taskmesh import exporting
 
 ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
@@ -33,6 +33,7 @@ TRACE_CONTEXT = TraceContextTextMapPropagator()
 
 _provider: TracerProvider | None = None
 _meters: MeterProvider | None = None
+_drop_listeners: list[Callable[[int], None]] = []
 
 
 def start(service: str, role: str) -> None:
@@ -53,7 +54,7 @@ def start(service: str, role: str) -> None:
         }
     )
     _provider = TracerProvider(resource=resource)
-    _provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    _provider.add_span_processor(exporting.processor(_dropped))
     trace.set_tracer_provider(_provider)
 
 
@@ -63,6 +64,16 @@ def stop() -> None:
         _provider.shutdown()
     if _meters is not None:
         _meters.shutdown()
+
+
+def count_dropped_spans(listener: Callable[[int], None]) -> None:
+    """Have every number of spans that are given up from now on told to `listener`, mostly by the exporting thread."""
+    _drop_listeners.append(listener)
+
+
+def _dropped(count: int) -> None:
+    for listener in _drop_listeners:
+        listener(count)
 
 
 def release() -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import socket
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
@@ -22,19 +24,33 @@ class OtlpSink:
     Attributes:
         spans: In the order of their arrival.
         gauges: The last value of each gauge without attributes, by name.
+        status: What spans are answered with. With anything but 200 they are not kept.
+        gate: Clear it, and every request waits, its body read, until it is set again.
+        requests: How many have come in, whatever became of them.
+
+    Args:
+        port: 0 takes a free one; a number takes the place of another sink that was left.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self._arrived = threading.Condition()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self._keep, self._measure))
+        self._server = _Server(("127.0.0.1", port), _handler(self, self._keep, self._measure))
         self._thread = threading.Thread(target=self._server.serve_forever, name="otlp-sink", daemon=True)
         self.spans: list[Span] = []
         self.gauges: dict[str, float] = {}
+        self.status = 200
+        self.gate = threading.Event()
+        self.gate.set()
+        self.requests = 0
+
+    @property
+    def port(self) -> int:
+        return int(self._server.server_address[1])
 
     @property
     def endpoint(self) -> str:
         """In the form of OTEL_EXPORTER_OTLP_ENDPOINT: exporters add `/v1/traces` to it."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return f"http://127.0.0.1:{self.port}"
 
     def wait_for(
         self,
@@ -66,6 +82,7 @@ class OtlpSink:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.gate.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(5)
@@ -85,15 +102,41 @@ class OtlpSink:
                     self.gauges[metric.name] = point.as_double or point.as_int
 
 
-def _handler(keep: Callable[[list[Span]], None], measure: Callable[[bytes], None]) -> type[BaseHTTPRequestHandler]:
+class _Server(ThreadingHTTPServer):
+    """Cuts, when it is closed, also the connections that exporters keep open, as the end of a real collector does."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._connections: list[socket.socket] = []
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self._connections.append(connection)
+        return connection, address
+
+    def server_close(self) -> None:
+        super().server_close()
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Bear that an exporter that was stopped does not wait for its answer."""
+
+
+def _handler(
+    sink: OtlpSink, keep: Callable[[list[Span]], None], measure: Callable[[bytes], None]
+) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             content_type = self.headers.get("Content-Type", "application/x-protobuf")
-            status = 200
-            if self.path == "/v1/traces":
+            sink.requests += 1
+            sink.gate.wait()
+            status = sink.status if self.path == "/v1/traces" else 200
+            if self.path == "/v1/traces" and status == 200:
                 try:
                     keep(
                         read_spans(
