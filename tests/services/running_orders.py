@@ -76,6 +76,11 @@ class Orders:
         log = self.health / f"{role}.log"
         eventually((self.health / f"orders-{role}.ready").exists, seconds=180, explain=lambda: log.read_text()[-2000:])
 
+    def stop_role(self, role: str) -> None:
+        """Ask a role to end, and wait until it has."""
+        self.processes[role].terminate()
+        self.processes[role].wait(timeout=120)
+
     def stop(self) -> None:
         """End every process, by force where SIGTERM is missed."""
         for process in self.processes.values():

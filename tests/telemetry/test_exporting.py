@@ -120,8 +120,7 @@ def test_a_warm_shutdown_of_a_worker_loses_no_span(postgres, rabbitmq, otlp_sink
         for task_id in sent:
             orders.wait(task_id)
 
-        orders.processes["worker"].terminate()
-        orders.processes["worker"].wait(timeout=60)
+        orders.stop_role("worker")
 
     seen = [span for span in otlp_sink.spans if span.name == "process orders.order.place"]
     assert sorted(str(span.attributes["taskmesh.task.id"]) for span in seen) == sorted(sent)

@@ -199,7 +199,9 @@ class SpanSender(SpanProcessor):
             self._queue.clear()
         self._count()
         if lost:
-            logger.warning("spans lost at the end", extra={"dropped": lost, "reason": self._line.outcome})
+            logger.warning(
+                "spans lost at the end", extra={"pid": os.getpid(), "dropped": lost, "reason": self._line.outcome}
+            )
 
     def _run(self) -> None:
         # Who instruments all HTTP clients of a process would have each export make a span to export.
@@ -283,11 +285,11 @@ class Outage:
         now = self._clock()
         if failing or dropped or (self._dropped and not self._open):
             if self._said_at is None or now - self._said_at >= REPEAT_SECONDS:
-                facts = {"dropped": self._dropped, "waiting": waiting, "reason": reason}
+                facts = {"pid": os.getpid(), "dropped": self._dropped, "waiting": waiting, "reason": reason}
                 logger.warning("spans not exported", extra=facts)
                 self._said_at, self._dropped, self._open = now, 0, True
         elif self._open:
-            logger.info("spans exported again", extra={"dropped": self._dropped})
+            logger.info("spans exported again", extra={"pid": os.getpid(), "dropped": self._dropped})
             self._dropped, self._open = 0, False
 
 
