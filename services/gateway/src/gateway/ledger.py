@@ -17,8 +17,9 @@ from sqlalchemy import ColumnElement, Row, Select, and_, func, literal, select, 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.models import TASKS_CHANNEL, task_events, tasks
-from gateway.new_tasks import NewTask, trace_id_of
+from gateway.new_tasks import NewTask
 from gateway.progress import BEFORE_EVERYTHING, Progress, place_of
+from taskmesh import logs
 from taskmesh.contracts.lifecycle import TERMINAL, LifecycleEvent, TaskState
 from taskmesh.errors import NotFound
 
@@ -287,7 +288,7 @@ def _introductions(events: Iterable[LifecycleEvent]) -> list[dict[str, Any]]:
                 "event_id": event.event_id,
                 "expires_at": event.expires_at,
                 "at": event.at,
-                "trace_id": trace_id_of(event.traceparent),
+                "trace_id": logs.trace_id_of(event.traceparent),
             }
         else:
             row["at"] = min(row["at"], event.at)
@@ -370,3 +371,8 @@ def _step(row: Row[*tuple[Any, ...]], state: TaskState, at: datetime) -> Lifecyc
         # Nothing has run: the attempt counter stays where it is.
         attempt=0,
     )
+
+
+def log_facts(task: Row[Any]) -> dict[str, Any]:
+    """What every log line about a task of the ledger says."""
+    return logs.of_task(task.id, task.type, task.attempt, trace_id=task.trace_id)

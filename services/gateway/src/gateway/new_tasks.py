@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from gateway.identifiers import uuid7
-from taskmesh import celery_protocol
+from taskmesh import celery_protocol, logs
 from taskmesh.celery_protocol import TaskMessage
 from taskmesh.contracts.lifecycle import TaskKind, TaskState
 from taskmesh.outbox import OutboxMessage
@@ -52,6 +52,11 @@ class NewTask:
         waits = self.due_at is not None and self.due_at > self.created_at
         return TaskState.SCHEDULED if waits else TaskState.QUEUED
 
+    @property
+    def log_facts(self) -> dict[str, Any]:
+        """What every log line about it says."""
+        return logs.of_task(self.id, self.type, 0, traceparent=self.traceparent)
+
     def row(self) -> dict[str, Any]:
         """Its first row in the ledger, which is also what the caller is shown."""
         return {
@@ -79,7 +84,7 @@ class NewTask:
             "started_at": None,
             "finished_at": None,
             "updated_at": self.created_at,
-            "trace_id": trace_id_of(self.traceparent),
+            "trace_id": logs.trace_id_of(self.traceparent),
             "cancel_requested_at": None,
             "cancel_reason": None,
             "retry_of": self.retry_of,
@@ -105,9 +110,3 @@ class NewTask:
                 message, service=self.service, event_id=self.event_id or self.id, due_at=self.due_at
             )
         return celery_protocol.command(message, due_at=self.due_at)
-
-
-def trace_id_of(traceparent: str | None) -> str | None:
-    """The trace id inside a W3C traceparent."""
-    parts = (traceparent or "").split("-")
-    return parts[1] if len(parts) >= 4 and len(parts[1]) == 32 else None

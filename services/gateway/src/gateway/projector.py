@@ -26,7 +26,7 @@ from gateway.catalogue import Catalogue
 from gateway.dead_letters import diagnosing, letter, store
 from gateway.dead_letters.letter import DeadLetter
 from gateway.transactions import transaction
-from taskmesh import celery_protocol, lifecycle, telemetry
+from taskmesh import celery_protocol, lifecycle, logs, telemetry
 from taskmesh.consuming import Delivery
 from taskmesh.contracts.control import Sightings
 from taskmesh.contracts.lifecycle import LifecycleEvent, TaskFailure
@@ -154,13 +154,20 @@ class Projector:
             logger.error(
                 "dead letter stored",
                 extra={
-                    "task_id": str(stored.task_id),
+                    **_task_of(stored, diagnosis),
                     "queue": stored.queue,
                     "reason": stored.reason,
                     "code": diagnosis.code,
                 },
             )
         logger.debug("batch projected", extra={"events": len(batch.events), "accepted": accepted})
+
+
+def _task_of(dead: DeadLetter, diagnosis: letter.Diagnosis) -> dict[str, Any]:
+    """The facts of a log line about a dead letter's task, as far as the message and the ledger tell."""
+    known = celery_protocol.log_facts(dead.headers)
+    attempt = diagnosis.attempt or known.get("attempt")
+    return logs.of_task(dead.task_id, known.get("type"), attempt, trace_id=dead.trace_id)
 
 
 @contextlib.asynccontextmanager

@@ -27,7 +27,7 @@ from gateway.schedules import Fire, Misfire, Outcome, Overlap, Reason, Schedule
 from gateway.settings import SchedulerSettings
 from gateway.timetable import Timetable
 from gateway.transactions import CONNECT_SECONDS, open_engine, transaction
-from taskmesh import telemetry
+from taskmesh import logs, telemetry
 from taskmesh.contracts.lifecycle import TERMINAL
 from taskmesh.database import is_unavailable
 from taskmesh.errors import DatabaseUnavailable
@@ -294,7 +294,8 @@ async def _fire(connection: AsyncConnection, schedule: Schedule, due_at: datetim
             fires.append(fire)
             going = schedule.overlap is Overlap.SKIP
     submitted = [fire for fire in fires if fire.outcome is Outcome.SUBMITTED]
-    await ledger.submit(connection, [_task(schedule, fire, owner) for fire in submitted])
+    tasks = [_task(schedule, fire, owner) for fire in submitted]
+    await ledger.submit(connection, tasks)
     await connection.execute(
         update(models.schedules)
         .where(models.schedules.c.id == schedule.id)
@@ -306,7 +307,8 @@ async def _fire(connection: AsyncConnection, schedule: Schedule, due_at: datetim
             retry_at=None,
         )
     )
-    return fires
+    traces: dict[UUID | None, str | None] = {task.id: logs.trace_id_of(task.traceparent) for task in tasks}
+    return [replace(fire, type=schedule.type, trace_id=traces.get(fire.task_id)) for fire in fires]
 
 
 def _task(schedule: Schedule, fire: Fire, owner: TypeOwner | None) -> NewTask:
@@ -434,7 +436,7 @@ def _report(fires: list[Fire]) -> None:
             extra={
                 "schedule_id": str(fire.schedule_id),
                 "fire_at": fire.fire_at.isoformat(),
-                "task_id": str(fire.task_id) if fire.task_id else None,
                 "reason": fire.reason,
+                **logs.of_task(fire.task_id, fire.type, 0 if fire.task_id else None, trace_id=fire.trace_id),
             },
         )

@@ -150,6 +150,7 @@ class Fire:
         fire_at: When it was due.
         missed_until: The newest of the missed fires that this one stands for; None if it stands for itself.
         fired_at: When a scheduler got to it.
+        type, trace_id: Of its task, for the log of the scheduler that submitted it; not kept.
     """
 
     schedule_id: UUID
@@ -159,6 +160,8 @@ class Fire:
     missed_until: datetime | None = None
     task_id: UUID | None = None
     fired_at: datetime
+    type: str | None = None
+    trace_id: str | None = None
 
 
 async def clock(connection: AsyncConnection) -> datetime:

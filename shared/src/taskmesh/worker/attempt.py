@@ -138,9 +138,11 @@ class Attempt:
             except AlreadySettled:
                 self._skip(span)
             except TaskCancelled:
-                self._cancel(unit, span)
+                with logs.facts(attempt=self.attempt):
+                    self._cancel(unit, span)
             except Poison as error:
-                self._fail(unit, error, span, park=True)
+                with logs.facts(attempt=self.attempt):
+                    self._fail(unit, error, span, park=True)
             span.set_attribute("taskmesh.task.attempt", self.attempt)
             with logs.facts(attempt=self.attempt):
                 return self._execute(unit, span)
