@@ -174,6 +174,7 @@ def orders_service(
     *roles: str,
     script: Path = SERVICE,
     kind: type[OrdersT] = Orders,  # type: ignore[assignment] - a default cannot be of every kind
+    start: bool = True,
     **variables: str,
 ) -> Iterator[OrdersT]:
     """Run the service in a database and a virtual host of its own until the end of the block.
@@ -185,6 +186,7 @@ def orders_service(
         roles: Which processes to start; a relay and a worker when none is named.
         script: The service's program.
         kind: What a test is given to handle it with.
+        start: False leaves it to the test to start processes.
         variables: More environment variables.
     """
     name = f"orders_{uuid4().hex[:12]}"
@@ -209,10 +211,11 @@ def orders_service(
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute("create table effects (id bigserial, task_id uuid, note text, attempt int, at timestamptz)")
         connection.execute("create table checked_at_commit (name int unique deferrable initially deferred)")
+    wanted = (roles or ("relay", "worker")) if start else ()
     try:
-        for role in roles or ("relay", "worker"):
+        for role in wanted:
             service.spawn(role)
-        for role in roles or ("relay", "worker"):
+        for role in wanted:
             service.wait_until_ready(role)
         yield service
     finally:

@@ -7,8 +7,6 @@ The outage lasts `TASKMESH_OUTAGE_SECONDS`. What is promised is ten minutes:
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
 import sys
@@ -22,9 +20,8 @@ from typing import Any, Self
 import httpx
 import pytest
 
-from memory import children_of, proportional_bytes, resident_bytes
-from running_gateway import Gateway, running_gateway
-from running_orders import Orders, orders_service
+from memory import proportional_bytes, resident_bytes
+from running_mesh import Mesh, running_mesh
 from taskmesh.exporting import REPEAT_SECONDS
 from taskmesh.testing.otlp import OtlpSink
 from taskmesh.testing.waiting import eventually
@@ -36,38 +33,6 @@ CALLERS = 3
 GROWTH_MAX_BYTES = 20 * 2**20
 
 pytestmark = pytest.mark.timeout(300 + 2 * OUTAGE_SECONDS)
-
-
-@dataclass
-class Mesh:
-    """A gateway and a worker service, all of it exporting to one collector."""
-
-    gateway: Gateway
-    orders: Orders
-    folders: tuple[Path, Path]
-
-    def processes(self) -> dict[str, int]:
-        """The pid of each process, the children of the pool included."""
-        found = {f"gateway {role}": process.pid for role, process in self.gateway.processes.items()}
-        found |= {f"orders {role}": process.pid for role, process in self.orders.processes.items()}
-        for number, child in enumerate(sorted(children_of(found["orders worker"]))):
-            found[f"orders child {number}"] = child
-        return found
-
-    def memory(self) -> dict[str, tuple[int, int]]:
-        """Resident and proportional bytes of each process."""
-        return {name: (resident_bytes(pid), proportional_bytes(pid)) for name, pid in self.processes().items()}
-
-    def log_lines(self) -> list[dict[str, Any]]:
-        """What all processes have logged."""
-        logs = [log for folder in self.folders for log in folder.glob("*.log")]
-        lines = [line for log in logs for line in log.read_text().splitlines()]
-        return [json.loads(line) for line in lines if line.startswith("{")]
-
-    def states(self) -> dict[str, int]:
-        """How many tasks of the ledger are in each state."""
-        rows = self.gateway.rows("select state, count(*) from tasks group by state")
-        return {row["state"]: row["count"] for row in rows}
 
 
 @dataclass
@@ -102,49 +67,47 @@ class Load:
 
 @pytest.fixture
 def mesh(postgres: str, rabbitmq: Any, otlp_sink: OtlpSink, tmp_path: Path) -> Iterator[Mesh]:
-    with contextlib.ExitStack() as stack:
-        folders = (tmp_path / "orders", tmp_path / "gateway")
-        for folder in folders:
-            folder.mkdir()
-        orders = stack.enter_context(orders_service(postgres, rabbitmq, folders[0], "relay"))
-        urls = (orders.amqp_url, orders.management_url)
-        gateway = stack.enter_context(running_gateway(postgres, *urls, folders[1]))
-        for environment in (orders.environment, gateway.environment):
-            environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = otlp_sink.endpoint
-        orders.stop_role("relay")
-        for role in ("api", "relay", "projector"):
-            gateway.start(role)
-        for role in ("relay", "worker"):
-            orders.start(role)
-        yield Mesh(gateway, orders, folders)
+    roles = ("api", "relay", "projector")
+    with running_mesh(postgres, rabbitmq, tmp_path, *roles, endpoint=otlp_sink.endpoint) as mesh:
+        yield mesh
 
 
 def test_an_outage_of_the_collector_harms_nothing(mesh, otlp_sink):
     """Half of it nobody listens where the collector was; then something does, and never answers."""
-    http = mesh.gateway.http("tasks:write,tasks:read,types:read")
-    eventually(lambda: http.get("/v1/types/orders.order.place").status_code == 200)
+    mesh.wait_until_announced("orders.order.place")
 
-    with Load(http) as load:
+    with Load(mesh.http) as load:
         load.go_on(WARM_UP_SECONDS)
-        warm = mesh.memory()
+        warm = memory(mesh)
         otlp_sink.close()
         began = time.monotonic()
         load.go_on(OUTAGE_SECONDS / 2)
         with OtlpSink(otlp_sink.port) as hanging:
             hanging.gate.clear()
             load.go_on(OUTAGE_SECONDS / 2)
-            away = mesh.memory()
+            away = memory(mesh)
             seconds = time.monotonic() - began
             hanging.gate.set()
             eventually(lambda: len(messages(mesh, "spans exported again")) >= len(talkative(mesh)))
 
-    eventually(lambda: mesh.states() == {"succeeded": len(load.statuses)})
+    eventually(lambda: states(mesh) == {"succeeded": len(load.statuses)})
     report(warm, away, len(load.statuses), seconds)
     assert set(load.statuses) == {202}
     assert away.keys() == warm.keys()
     assert not {name for name in away if away[name][0] - warm[name][0] > GROWTH_MAX_BYTES}
     assert max(talkative(mesh).values()) <= math.ceil(seconds / REPEAT_SECONDS) + 1
     assert not [line for line in mesh.log_lines() if line["level"] == "ERROR"]
+
+
+def memory(mesh: Mesh) -> dict[str, tuple[int, int]]:
+    """Resident and proportional bytes of each process."""
+    return {name: (resident_bytes(pid), proportional_bytes(pid)) for name, pid in mesh.processes().items()}
+
+
+def states(mesh: Mesh) -> dict[str, int]:
+    """How many tasks of the ledger are in each state."""
+    rows = mesh.gateway.rows("select state, count(*) from tasks group by state")
+    return {row["state"]: row["count"] for row in rows}
 
 
 def messages(mesh: Mesh, message: str) -> list[dict[str, Any]]:
