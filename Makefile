@@ -12,7 +12,7 @@ INSTALLED := .venv/.installed
 # `make test RABBITMQ=4`, `make up RABBITMQ=4`: see docs/rabbitmq.md.
 export TASKMESH_RABBITMQ := $(or $(RABBITMQ),$(TASKMESH_RABBITMQ))
 
-.PHONY: help install up down status logs demo test faults faults-long faults-planted check fmt
+.PHONY: help install up down status logs demo traces test faults faults-long faults-planted check fmt
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ logs: $(INSTALLED) ## Print the logs: make logs name=billing-worker follow=1
 
 demo: $(INSTALLED) ## Send 30 invoices through the mesh and watch them; starts the mesh when it is down
 	@$(LOCAL) demo $(args)
+
+traces: $(INSTALLED) ## Send 1,000 requests through the mesh, and check that each has left one whole trace
+	@$(LOCAL) thousand $(args)
 
 test: $(INSTALLED) ## Run all tests but the fault campaign, with real servers they start themselves; RABBITMQ=4 takes that release
 	@$(PYTHON) -m pytest -n 2 -m "not faults" $(args)

@@ -27,6 +27,7 @@ class OtlpSink:
         status: What spans are answered with. With anything but 200 they are not kept.
         gate: Clear it, and every request waits, its body read, until it is set again.
         requests: How many have come in, whatever became of them.
+        bodies: What came, unpacked, by path: in protobuf each text stands as it is.
 
     Args:
         port: 0 takes a free one; a number takes the place of another sink that was left.
@@ -42,6 +43,7 @@ class OtlpSink:
         self.gate = threading.Event()
         self.gate.set()
         self.requests = 0
+        self.bodies: dict[str, list[bytes]] = {}
 
     @property
     def port(self) -> int:
@@ -138,6 +140,8 @@ def _handler(
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             content_type = self.headers.get("Content-Type", "application/x-protobuf")
             sink.requests += 1
+            packed = self.headers.get("Content-Encoding") == "gzip"
+            sink.bodies.setdefault(self.path, []).append(gzip.decompress(body) if packed else body)
             sink.gate.wait()
             status = sink.status if self.path == "/v1/traces" else 200
             if self.path == "/v1/traces" and status == 200:

@@ -94,7 +94,9 @@ class MeshRequest(Request):  # type: ignore[misc]  # Celery has no types
         if isinstance(error, WorkerLostError):
             # Its text ends with the pool's own number for the job.
             how = str(error).partition(" Job: ")[0]
-            logger.warning("running task has lost its process", extra={**self.log_facts, "reason": how})
+            logger.warning(
+                "running task has lost its process", extra={**self.log_facts, "worker": self.worker_pid, "reason": how}
+            )
             self._lost(how)
         elif not isinstance(error, Ignore | Reject | Retry | Terminated):
             logger.error("attempt came to no end", extra={**self.log_facts, "exception": type(error).__qualname__})
@@ -110,7 +112,7 @@ class MeshRequest(Request):  # type: ignore[misc]  # Celery has no types
         worker_state.task_ready(self)
         logger.warning(
             "running task killed: it has exceeded its hard time limit",
-            extra={**self.log_facts, "limit_seconds": timeout},
+            extra={**self.log_facts, "worker": self.worker_pid, "limit_seconds": timeout},
         )
         self.reject(requeue=True)
 
