@@ -12,7 +12,7 @@ INSTALLED := .venv/.installed
 # `make test RABBITMQ=4`, `make up RABBITMQ=4`: see docs/rabbitmq.md.
 export TASKMESH_RABBITMQ := $(or $(RABBITMQ),$(TASKMESH_RABBITMQ))
 
-.PHONY: help install up down status logs demo traces test faults faults-long faults-planted check fmt
+.PHONY: help install up down status logs demo traces test faults faults-long faults-planted bench-telemetry check fmt
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ faults-long: $(INSTALLED) ## The same for an hour: make faults-long SEED=2 MINUT
 
 faults-planted: $(INSTALLED) ## Plant bugs in the mesh, and check that a campaign finds them
 	@$(PYTHON) -m pytest -m faults tests/faults $(args)
+
+bench-telemetry: $(INSTALLED) ## Measure what telemetry costs the gateway and a worker
+	@$(PYTHON) bench/telemetry.py $(args)
 
 check: $(INSTALLED) ## Lint, formatting, types, and who may import whom
 	@$(PYTHON) -m ruff check .

@@ -30,7 +30,6 @@ from taskmesh.testing.waiting import eventually
 QUOTING = Path(__file__).parents[1] / "services" / "quoting_orders.py"
 ROLES = ("api", "relay", "projector", "scheduler", "reconciler")
 TROUBLE = re.compile('"level": "(WARNING|ERROR)"')
-pytestmark = pytest.mark.timeout(600)
 QUICKLY = {"OTEL_BSP_SCHEDULE_DELAY": "100", "OTEL_METRIC_EXPORT_INTERVAL": "500"}
 
 
