@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 from opentelemetry import context, metrics, propagate, trace
@@ -33,6 +34,7 @@ TRACE_CONTEXT = TraceContextTextMapPropagator()
 
 _provider: TracerProvider | None = None
 _meters: MeterProvider | None = None
+_tracer: Tracer | None = None
 _drop_listeners: list[Callable[[int], None]] = []
 
 
@@ -41,7 +43,7 @@ def start(service: str, role: str) -> None:
 
     Baggage is neither read nor sent: it would carry a caller's data through every service.
     """
-    global _provider  # noqa: PLW0603 - OpenTelemetry's own provider is a process-wide global too
+    global _provider, _tracer  # noqa: PLW0603 - OpenTelemetry's own provider is a process-wide global too
     propagate.set_global_textmap(TRACE_CONTEXT)
     if not os.environ.get(ENDPOINT_VARIABLE):
         return
@@ -56,6 +58,7 @@ def start(service: str, role: str) -> None:
     _provider = TracerProvider(resource=resource)
     _provider.add_span_processor(exporting.processor(_dropped))
     trace.set_tracer_provider(_provider)
+    _tracer = _provider.get_tracer("taskmesh", release())
 
 
 def stop() -> None:
@@ -76,6 +79,7 @@ def _dropped(count: int) -> None:
         listener(count)
 
 
+@cache
 def release() -> str:
     """The version of the library, which is also the version of the mesh."""
     try:
@@ -85,8 +89,8 @@ def release() -> str:
 
 
 def tracer() -> Tracer:
-    """The mesh's tracer."""
-    return trace.get_tracer("taskmesh", release())
+    """The mesh's tracer, which is made once: the SDK takes longer to make one than to make a span."""
+    return _tracer or trace.get_tracer("taskmesh", release())
 
 
 def meter() -> Meter:
