@@ -168,14 +168,14 @@ def test_a_line_for_people_has_its_facts_after_its_message():
     """In a terminal each line is one, and its exception stands under it."""
     formatter = logs.ConsoleFormatter("worker")
     error = RuntimeError("a secret")
-    facts = {"code": "bug", **logs.of_task("1", "a.b.c", 2)}
+    facts = {"code": "bug", "reason": None, "task_ids": ["3", "4"], **logs.of_task("1", "a.b.c", 2)}
     record = logging.getLogger().makeRecord(
         "test", logging.ERROR, "", 0, "task failed", (), (RuntimeError, error, None), extra=facts
     )
 
     first, *rest = formatter.format(record).splitlines()
 
-    said = r"ERROR   worker    task failed  code=bug task_id=1 type=a\.b\.c attempt=2"
+    said = r"ERROR   worker    task failed  code=bug task_ids=3,4 task_id=1 type=a\.b\.c attempt=2"
     assert re.fullmatch(r"\d\d:\d\d:\d\d\.\d{3} " + said, first)
     assert rest[0] == "RuntimeError"
     assert not [line for line in rest if "a secret" in line]

@@ -152,13 +152,17 @@ class ConsoleFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created).astimezone().strftime("%H:%M:%S.%f")[:-3]
-        values = " ".join(f"{key}={value}" for key, value in _collect(record).items())
+        values = " ".join(f"{key}={_shown(value)}" for key, value in _collect(record).items() if value is not None)
         line = f"{at} {record.levelname:<7} {self._role:<9} {record.getMessage()}"
         if values:
             line += f"  {values}"
         if record.exc_info and record.exc_info[0]:
             line += f"\n{record.exc_info[0].__qualname__}\n{stack(record.exc_info[1])}"
         return line
+
+
+def _shown(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def stack(error: BaseException | None) -> str:
