@@ -12,7 +12,7 @@ INSTALLED := .venv/.installed
 # `make test RABBITMQ=4`, `make up RABBITMQ=4`: see docs/rabbitmq.md.
 export TASKMESH_RABBITMQ := $(or $(RABBITMQ),$(TASKMESH_RABBITMQ))
 
-.PHONY: help install up down status logs demo test faults faults-long faults-planted check fmt
+.PHONY: help install up down status logs demo traces test faults faults-long faults-planted bench-telemetry check fmt
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ logs: $(INSTALLED) ## Print the logs: make logs name=billing-worker follow=1
 demo: $(INSTALLED) ## Send 30 invoices through the mesh and watch them; starts the mesh when it is down
 	@$(LOCAL) demo $(args)
 
+traces: $(INSTALLED) ## Send 1,000 requests through the mesh, and check that each has left one whole trace
+	@$(LOCAL) thousand $(args)
+
 test: $(INSTALLED) ## Run all tests but the fault campaign, with real servers they start themselves; RABBITMQ=4 takes that release
 	@$(PYTHON) -m pytest -n 2 -m "not faults" $(args)
 
@@ -49,6 +52,9 @@ faults-long: $(INSTALLED) ## The same for an hour: make faults-long SEED=2 MINUT
 
 faults-planted: $(INSTALLED) ## Plant bugs in the mesh, and check that a campaign finds them
 	@$(PYTHON) -m pytest -m faults tests/faults $(args)
+
+bench-telemetry: $(INSTALLED) ## Measure what telemetry costs the gateway and a worker
+	@$(PYTHON) bench/telemetry.py $(args)
 
 check: $(INSTALLED) ## Lint, formatting, types, and who may import whom
 	@$(PYTHON) -m ruff check .

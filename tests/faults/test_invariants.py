@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from uuid import uuid4
@@ -14,8 +16,10 @@ import pytest
 from taskmesh.client import Submission
 from taskmesh_local.faults import invariants
 from taskmesh_local.faults.evidence import Databases, Evidence
+from taskmesh_local.faults.killed import Killed, told_by_workers
 from taskmesh_local.faults.load import Books
 from taskmesh_local.faults.orders import Order
+from taskmesh_local.faults.traces import Collected, Traces
 from taskmesh_local.faults.trials.contracts import Follow, Poison, Record
 
 KEY = uuid4()
@@ -187,3 +191,96 @@ def test_what_the_audit_names_is_found(world, change):
     vars(evidence).update(tasks=world.evidence.tasks)
 
     assert not invariants.reconciliation(evidence).holds
+
+
+@pytest.fixture
+def traced(world):
+    """Three tasks of a kind: each has a request, a publication and a run, all in its own trace."""
+    tasks = [task(created_at=MOMENT, finished_at=MOMENT + timedelta(seconds=2)) for _ in range(3)]
+    spans = [span for each in tasks for span in spans_of(each)]
+    return SimpleNamespace(tasks=tasks, spans=spans, killed=[], evidence=world.evidence)
+
+
+MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def spans_of(task):
+    begin = int(MOMENT.timestamp() * 1e9)
+    places = [
+        ("1", "", "POST", "gateway-api"),
+        ("2", "1", "publish", "gateway-relay"),
+        ("3", "1", "process", "trials-worker"),
+    ]
+    return [
+        Collected(str(task.id), span_id, parent_id, name, role, str(task.id), begin, begin + 1)
+        for span_id, parent_id, name, role in places
+    ]
+
+
+def found_in(traced):
+    evidence = replace(traced.evidence, killed=traced.killed)
+    vars(evidence).update(tasks={each.id: each for each in traced.tasks}, traces=Traces(traced.spans))
+    return invariants.traces(evidence)
+
+
+def killed(role, seconds):
+    at = MOMENT.timestamp() + seconds
+    return Killed(role=role, pid=1, since=at, at=at)
+
+
+def test_whole_traces_are_whole(traced):
+    finding = found_in(traced)
+
+    assert finding.holds
+    assert finding.notes == ()
+
+
+@pytest.mark.parametrize("span", [0, 1, 2])
+def test_a_span_that_is_missing_for_no_reason_is_found(traced, span):
+    """With it goes a parent, or only itself."""
+    del traced.spans[span]
+
+    assert not found_in(traced).holds
+
+
+@pytest.mark.parametrize(
+    ("role", "seconds", "holds"),
+    [
+        ("trials-worker", 3, True),
+        ("trials-worker", 60, False),
+        ("trials-worker", -60, False),
+        ("gateway-relay", 3, False),
+    ],
+)
+def test_only_a_process_that_was_killed_in_time_explains_what_is_missing(traced, role, seconds, holds):
+    """It was one of those that make such spans, and was killed when it may have held this one."""
+    del traced.spans[2]
+    traced.killed = [killed(role, seconds)]
+
+    finding = found_in(traced)
+
+    assert finding.holds is holds
+    assert len(finding.notes) == holds
+
+
+def test_a_span_that_was_sent_again_is_no_fault(traced):
+    traced.spans.append(traced.spans[0])
+
+    assert found_in(traced).holds
+
+
+def test_two_spans_of_one_id_are_found(traced):
+    traced.spans.append(replace(traced.spans[0], name="another"))
+
+    assert not found_in(traced).holds
+
+
+def test_children_that_workers_tell_of_as_killed_are_known(tmp_path):
+    """Their times are those of the lines."""
+    log = tmp_path / "trials-worker.log"
+    line = {"at": MOMENT.isoformat(), "message": "running task has lost its process", "worker": 12}
+    log.write_text(f"no JSON\n{json.dumps(line)}\n{json.dumps(line | {'message': 'task failed'})}\n")
+
+    [found] = told_by_workers([("trials-worker", log), ("email-worker", tmp_path / "missing.log")])
+
+    assert (found.role, found.pid, found.at) == ("trials-worker", 12, MOMENT.timestamp())

@@ -39,11 +39,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class Fragile(Orders):
     """The orders service, whose tasks wait for a test's word and write down their starts."""
 
-    def stop_role(self, role: str) -> None:
-        """Ask a role to end, and wait until it has."""
-        self.processes[role].terminate()
-        self.processes[role].wait(timeout=120)
-
     def starts(self, task_id: str) -> int:
         """How often the task's code began to run."""
         trail = self.health / f"{task_id}.starts"

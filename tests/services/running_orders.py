@@ -76,6 +76,11 @@ class Orders:
         log = self.health / f"{role}.log"
         eventually((self.health / f"orders-{role}.ready").exists, seconds=180, explain=lambda: log.read_text()[-2000:])
 
+    def stop_role(self, role: str) -> None:
+        """Ask a role to end, and wait until it has."""
+        self.processes[role].terminate()
+        self.processes[role].wait(timeout=120)
+
     def stop(self) -> None:
         """End every process, by force where SIGTERM is missed."""
         for process in self.processes.values():
@@ -169,6 +174,7 @@ def orders_service(
     *roles: str,
     script: Path = SERVICE,
     kind: type[OrdersT] = Orders,  # type: ignore[assignment] - a default cannot be of every kind
+    start: bool = True,
     **variables: str,
 ) -> Iterator[OrdersT]:
     """Run the service in a database and a virtual host of its own until the end of the block.
@@ -180,6 +186,7 @@ def orders_service(
         roles: Which processes to start; a relay and a worker when none is named.
         script: The service's program.
         kind: What a test is given to handle it with.
+        start: False leaves it to the test to start processes.
         variables: More environment variables.
     """
     name = f"orders_{uuid4().hex[:12]}"
@@ -203,10 +210,11 @@ def orders_service(
     with psycopg.connect(database_url, autocommit=True) as connection:
         connection.execute("create table effects (id bigserial, task_id uuid, note text, attempt int, at timestamptz)")
         connection.execute("create table checked_at_commit (name int unique deferrable initially deferred)")
+    wanted = (roles or ("relay", "worker")) if start else ()
     try:
-        for role in roles or ("relay", "worker"):
+        for role in wanted:
             service.spawn(role)
-        for role in roles or ("relay", "worker"):
+        for role in wanted:
             service.wait_until_ready(role)
         yield service
     finally:

@@ -18,7 +18,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid5
 
-from taskmesh import exchanges
+from taskmesh import exchanges, logs
 from taskmesh.contracts._base import TYPE_MAX_LENGTH, TYPE_PATTERN
 from taskmesh.contracts.lifecycle import TaskKind
 from taskmesh.errors import PermanentError
@@ -134,6 +134,20 @@ def sequence(replacements: int, retries: int) -> int:
 def listener_task_id(event_id: UUID, service: str) -> UUID:
     """The id of the task in which `service` handles the event: one for each service, however often it is delivered."""
     return uuid5(event_id, service)
+
+
+def log_facts(headers: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The facts of a log line about a message's task, as far as its headers can be trusted to name one."""
+    headers = headers if isinstance(headers, Mapping) else {}
+    type_name, retries, traceparent = headers.get("task"), headers.get("retries"), headers.get("traceparent")
+    with suppress(MalformedMessage):
+        return logs.of_task(
+            _uuid(headers, "id"),
+            type_name if isinstance(type_name, str) and _is_type(type_name) else None,
+            retries + 1 if isinstance(retries, int) else None,
+            traceparent=traceparent if isinstance(traceparent, str) else None,
+        )
+    return {}
 
 
 def encode(message: TaskMessage) -> tuple[dict[str, Any], dict[str, Any], bytes]:
@@ -262,7 +276,7 @@ def read(headers: Mapping[str, Any] | None, content: Any, *, priority: int | Non
         raise MalformedMessage("headers are missing")
     args, kwargs = _arguments(content)
     type_name = headers.get("task")
-    if not isinstance(type_name, str) or len(type_name) > TYPE_MAX_LENGTH or not TYPE_PATTERN.fullmatch(type_name):
+    if not isinstance(type_name, str) or not _is_type(type_name):
         raise MalformedMessage("task must be a name like 'billing.invoice.issue'")
     timelimit = headers.get("timelimit")
     if timelimit is not None and not _is_timelimit(timelimit):
@@ -348,6 +362,10 @@ def _is_timelimit(value: Any) -> bool:
         and len(value) == 2
         and all(limit is None or (isinstance(limit, int | float) and not isinstance(limit, bool)) for limit in value)
     )
+
+
+def _is_type(name: str) -> bool:
+    return len(name) <= TYPE_MAX_LENGTH and bool(TYPE_PATTERN.fullmatch(name))
 
 
 def _uuid(headers: Mapping[str, Any], name: str) -> UUID | None:

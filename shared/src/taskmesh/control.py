@@ -15,13 +15,14 @@ import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
+from typing import Any
 
 from pydantic import SecretStr, ValidationError
 from sqlalchemy import delete, exists, func, literal, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from taskmesh import exchanges, lifecycle, sightings
+from taskmesh import exchanges, lifecycle, logs, sightings
 from taskmesh.consuming import BatchConsumer, Delivery
 from taskmesh.contracts.control import CONTROL, Cancellation, Inquiry, Pause
 from taskmesh.contracts.lifecycle import LifecycleEvent, TaskState
@@ -100,7 +101,7 @@ async def apply(engine: AsyncEngine, messages: Sequence[Message], service: str) 
         await connection.execute(LOCK_TIMEOUT)
         for cancellation in unwanted:
             outcome = await settle(connection, cancellation, service)
-            logger.info("cancellation received", extra={"task_id": str(cancellation.task_id), "outcome": outcome})
+            logger.info("cancellation received", extra={**_task_of(cancellation), "outcome": outcome})
         for message in messages:
             match message:
                 case Pause():
@@ -109,6 +110,11 @@ async def apply(engine: AsyncEngine, messages: Sequence[Message], service: str) 
                 case Inquiry():
                     answer = await sightings.answer(connection, message, service)
                     await connection.execute(insert_messages([answer]))
+
+
+def _task_of(cancellation: Cancellation) -> dict[str, Any]:
+    known = cancellation
+    return logs.of_task(known.task_id, known.type, known.attempt, trace_id=known.trace_id)
 
 
 async def note(connection: AsyncConnection, unwanted: Sequence[Cancellation]) -> None:

@@ -27,7 +27,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from taskmesh import amqp, celery_protocol, exchanges, lifecycle
+from taskmesh import amqp, celery_protocol, exchanges, lifecycle, logs
 from taskmesh.contracts.lifecycle import LifecycleEvent, TaskState
 from taskmesh.contracts.manifest import Manifest
 from taskmesh.database import is_unavailable
@@ -132,7 +132,9 @@ class ServiceHooks:
         try:
             task = celery_protocol.read(row.headers, ([], {}, None))
         except celery_protocol.MalformedMessage:
-            logger.warning("row carries no task", extra={"outbox_id": row.id, "exchange": row.exchange})
+            logger.warning(
+                "row carries no task", extra={"outbox_id": row.id, "exchange": row.exchange, **_tasks_of([row])}
+            )
             return None
         # A listener's retry carries its own id already, and the event's in a header.
         event_id = row.headers.get(celery_protocol.EVENT_ID_HEADER)
@@ -311,7 +313,7 @@ class Relay:
         for reason, rows in fates.put_back.items():
             logger.warning(
                 "messages put back",
-                extra={"count": len(rows), "reason": reason, "routing_key": rows[0].routing_key},
+                extra={"count": len(rows), "reason": reason, "routing_key": rows[0].routing_key, **_tasks_of(rows)},
             )
             await connection.execute(_put_back(rows, reason))
         return after_commit
@@ -511,7 +513,7 @@ async def _guarded(
     except Exception as error:
         if is_unavailable(error):
             raise
-        logger.exception("relay hook failed", extra={"count": len(rows), "outbox_id": rows[0].id})
+        logger.exception("relay hook failed", extra={"count": len(rows), "outbox_id": rows[0].id, **_tasks_of(rows)})
         return False
     if act is not None:
         after_commit.append(act)
@@ -535,6 +537,13 @@ def _put_back(rows: Sequence[OutboxRow], reason: str) -> Any:
             due_at=func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, delay_seconds),
         )
     )
+
+
+def _tasks_of(rows: Sequence[OutboxRow]) -> dict[str, Any]:
+    """The facts of a log line about these rows: of the task, if there is one, or else some of their ids."""
+    if len(rows) == 1 and rows[0].task_id is not None:
+        return celery_protocol.log_facts(rows[0].headers)
+    return logs.of_tasks(row.task_id for row in rows if row.task_id is not None)
 
 
 def _describe(error: BaseException) -> str:

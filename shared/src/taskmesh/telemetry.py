@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 from opentelemetry import context, propagate, trace
 from opentelemetry.context import Context
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from taskmesh import baggage
+from taskmesh import baggage, exporting
 from taskmesh.metrics import provider as metrics
 from taskmesh.promised_spans import PromisedIds, PromisedSampling
 from taskmesh.settings import ServiceSettings
@@ -36,6 +35,8 @@ SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
 TRACE_CONTEXT = TraceContextTextMapPropagator()
 
 _provider: TracerProvider | None = None
+_tracer: Tracer | None = None
+_drop_listeners: list[Callable[[int], None]] = []
 
 
 def start(service: str, role: str, settings: ServiceSettings, *, with_metrics: bool = True) -> None:
@@ -47,7 +48,7 @@ def start(service: str, role: str, settings: ServiceSettings, *, with_metrics: b
         settings: What of a caller's baggage goes along, and where metrics are shown.
         with_metrics: False in a pool child, whose parent exports them; its spans it exports itself.
     """
-    global _provider  # noqa: PLW0603 - OpenTelemetry's own provider is a process-wide global too
+    global _provider, _tracer  # noqa: PLW0603 - OpenTelemetry's own provider is a process-wide global too
     propagate.set_global_textmap(TRACE_CONTEXT)
     baggage.allow(settings.baggage_allowed)
     if with_metrics:
@@ -57,8 +58,9 @@ def start(service: str, role: str, settings: ServiceSettings, *, with_metrics: b
     _provider = TracerProvider(resource=resource(service, role), id_generator=PromisedIds())
     # What `OTEL_TRACES_SAMPLER` chooses; parent-based unless it says otherwise.
     _provider.sampler = PromisedSampling(_provider.sampler)
-    _provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    _provider.add_span_processor(exporting.processor(_dropped))
     trace.set_tracer_provider(_provider)
+    _tracer = _provider.get_tracer("taskmesh", release(), schema_url=SCHEMA_URL)
 
 
 def stop() -> None:
@@ -80,6 +82,17 @@ def resource(service: str, role: str) -> Resource:
     )
 
 
+def count_dropped_spans(listener: Callable[[int], None]) -> None:
+    """Have every number of spans that are given up from now on told to `listener`, mostly by the exporting thread."""
+    _drop_listeners.append(listener)
+
+
+def _dropped(count: int) -> None:
+    for listener in _drop_listeners:
+        listener(count)
+
+
+@cache
 def release() -> str:
     """The version of the library, which is also the version of the mesh."""
     try:
@@ -89,8 +102,8 @@ def release() -> str:
 
 
 def tracer() -> Tracer:
-    """The mesh's tracer."""
-    return trace.get_tracer("taskmesh", release(), schema_url=SCHEMA_URL)
+    """The mesh's tracer, which is made once: the SDK takes longer to make one than to make a span."""
+    return _tracer or trace.get_tracer("taskmesh", release(), schema_url=SCHEMA_URL)
 
 
 def is_exporting() -> bool:

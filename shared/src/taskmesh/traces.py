@@ -21,7 +21,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.trace import Link, SpanContext, TraceFlags
 
-from taskmesh import baggage, telemetry
+from taskmesh import baggage, logs, telemetry
 from taskmesh.celery_protocol import TRACE_LINKS_HEADER
 
 LONGEST_WAIT_IN_TRACE: Final = timedelta(minutes=10)
@@ -88,7 +88,7 @@ class Creation:
     @property
     def trace_id(self) -> str | None:
         """In 32 hex digits."""
-        return _part(self.traceparent, 1, 32)
+        return logs.trace_id_of(self.traceparent)
 
     @property
     def span_id(self) -> str | None:

@@ -1,4 +1,4 @@
-"""`python -m taskmesh_local up|down|status|logs|demo|faults`: what the Makefile calls."""
+"""`python -m taskmesh_local up|down|status|logs|demo|thousand|faults`: what the Makefile calls."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from taskmesh_local.progress import Progress
 from taskmesh_local.roles import NAMES
 from taskmesh_local.state import State, locked
 
+COMMANDS = "up | down | status | logs | demo | thousand | faults"
 COLORS = {"up": "green", "not ready": "yellow", "down": "red"}
 
 
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one 
     folders = Folders.find()
     if words[:1] == ["demo"]:
         return _reporting(folders, console, lambda: demo(folders, console, words[1:]))
+    if words[:1] == ["thousand"]:
+        return _reporting(folders, console, lambda: thousand(folders, console, words[1:]))
     if words[:1] == ["faults"]:
         from taskmesh_local.faults.command import main as run_campaign
 
@@ -141,14 +144,26 @@ def status(folders: Folders, console: Console) -> int:
 
 def demo(folders: Folders, console: Console, words: Sequence[str]) -> int:
     """Start the mesh unless all of it is up, then run the demo; the mesh stays up."""
+    _bring_up(folders, console)
+    from taskmesh_local.demo import main as run
+
+    return run(list(words)) or 0
+
+
+def thousand(folders: Folders, console: Console, words: Sequence[str]) -> int:
+    """Start the mesh unless all of it is up, then send a thousand requests and check their traces."""
+    _bring_up(folders, console)
+    from taskmesh_local.thousand import main as run
+
+    return run(list(words), console)
+
+
+def _bring_up(folders: Folders, console: Console) -> None:
     is_up = folders.state.exists() and all(s.is_up for s in Mesh(State.load(folders), Progress(console)).standings())
     if not is_up:
         up(folders, console, [], hints=False)
         console.print()
     os.environ.update(environment.read(folders.env))
-    from taskmesh_local.demo import main as run
-
-    return run(list(words)) or 0
 
 
 def _reporting(folders: Folders, console: Console, command: Callable[[], int]) -> int:
@@ -196,7 +211,7 @@ def _uptime(standing: Standing) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="taskmesh-local", description="The whole mesh on one machine.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="up | down | status | logs | demo | faults")
+    commands = parser.add_subparsers(dest="command", required=True, metavar=COMMANDS)
     start = commands.add_parser("up", help="start what does not run")
     start.add_argument("names", nargs="*", metavar="name", help="only these: " + ", ".join(NAMES))
     stop = commands.add_parser("down", help="stop everything, keep the data")
@@ -206,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("names", nargs="*", metavar="name", help="only these: " + ", ".join(NAMES))
     show.add_argument("-f", "--follow", action="store_true", help="go on printing until interrupted")
     commands.add_parser("demo", help="send 30 invoices through the mesh")
+    commands.add_parser("thousand", help="send 1,000 requests, and check that each has left one whole trace")
     commands.add_parser("faults", help="harm a mesh of its own under load, and check what must hold")
     for page in ("inbox", "traces"):
         serve = commands.add_parser(page)

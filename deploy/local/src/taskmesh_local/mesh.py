@@ -250,9 +250,9 @@ class Mesh:
 
     def _service_variables(self, service: str) -> dict[str, str]:
         variables = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": self.url("traces"),
             **self._fleet.variables,
             "TASKMESH_HEALTH_DIR": str(self._folders.health),
-            "OTEL_EXPORTER_OTLP_ENDPOINT": self.url("traces"),
         }
         if service != "gateway":
             variables["TASKMESH_OBJECT_STORE_URL"] = self._folders.objects.as_uri()

@@ -179,6 +179,8 @@ def _cancellation(task: Row[Any], wish: Wish, traceparent: str | None) -> Cancel
         parent_id=task.parent_id,
         event_id=task.event_id,
         traceparent=traceparent,
+        attempt=task.attempt,
+        trace_id=task.trace_id,
     )
 
 

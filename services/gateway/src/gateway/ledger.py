@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from gateway.models import TASKS_CHANNEL, task_events, tasks
 from gateway.new_tasks import NewTask
 from gateway.progress import BEFORE_EVERYTHING, Progress, Step, place_of
+from taskmesh import logs
 from taskmesh.contracts.lifecycle import TERMINAL, LifecycleEvent, TaskState
 from taskmesh.errors import NotFound
 from taskmesh.traces import Creation
@@ -377,3 +378,8 @@ def _step(row: Row[*tuple[Any, ...]], state: TaskState, at: datetime) -> Lifecyc
         # Nothing has run: the attempt counter stays where it is.
         attempt=0,
     )
+
+
+def log_facts(task: Row[Any]) -> dict[str, Any]:
+    """What every log line about a task of the ledger says."""
+    return logs.of_task(task.id, task.type, task.attempt, trace_id=task.trace_id)

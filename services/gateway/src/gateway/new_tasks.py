@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from gateway.identifiers import uuid7
-from taskmesh import celery_protocol
+from taskmesh import celery_protocol, logs
 from taskmesh.celery_protocol import TaskMessage
 from taskmesh.contracts.lifecycle import TaskKind, TaskState
 from taskmesh.outbox import OutboxMessage
@@ -52,6 +52,11 @@ class NewTask:
         """`scheduled` until the due time, and `queued` from the start when there is none."""
         waits = self.due_at is not None and self.due_at > self.created_at
         return TaskState.SCHEDULED if waits else TaskState.QUEUED
+
+    @property
+    def log_facts(self) -> dict[str, Any]:
+        """What every log line about it says."""
+        return logs.of_task(self.id, self.type, 0, traceparent=self.creation.traceparent)
 
     def row(self) -> dict[str, Any]:
         """Its first row in the ledger, which is also what the caller is shown."""

@@ -28,7 +28,7 @@ from gateway.dead_letters.letter import DeadLetter
 from gateway.progress import Step
 from gateway.run_times import RunTimes
 from gateway.transactions import transaction
-from taskmesh import celery_protocol, lifecycle, telemetry, traces
+from taskmesh import celery_protocol, lifecycle, logs, telemetry, traces
 from taskmesh.consuming import Delivery
 from taskmesh.contracts.control import Sightings
 from taskmesh.contracts.lifecycle import LifecycleEvent, TaskFailure
@@ -171,7 +171,7 @@ class Projector:
             logger.error(
                 "dead letter stored",
                 extra={
-                    "task_id": str(stored.task_id),
+                    **_task_of(stored, diagnosis),
                     "queue": stored.queue,
                     "reason": stored.reason,
                     "code": diagnosis.code,
@@ -185,6 +185,13 @@ class Projector:
         for step in steps:
             if (seconds := step.run_seconds) is not None:
                 self._run_times.add(step.service, step.type, max(0.0, seconds))
+
+
+def _task_of(dead: DeadLetter, diagnosis: letter.Diagnosis) -> dict[str, Any]:
+    """The facts of a log line about a dead letter's task, as far as the message and the ledger tell."""
+    known = celery_protocol.log_facts(dead.headers)
+    attempt = diagnosis.attempt or known.get("attempt")
+    return logs.of_task(dead.task_id, known.get("type"), attempt, trace_id=dead.trace_id)
 
 
 @contextlib.asynccontextmanager

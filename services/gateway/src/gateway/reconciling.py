@@ -40,6 +40,7 @@ from gateway.tallies import Tally
 from gateway.transactions import transaction
 from gateway.unaccounted import Record
 from gateway.verdicts import FIGURES_LAG, Evidence, judge
+from taskmesh import logs
 from taskmesh.contracts.lifecycle import LifecycleEvent, TaskFailure, TaskState
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,6 @@ MOST_DOUBTFUL: Final = 5_000
 ANSWER_SECONDS: Final = 15.0
 POLL_SECONDS: Final = 1.0
 MENDED_AT_ONCE: Final = 500
-IDS_LOGGED: Final = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,11 +215,11 @@ class Reconciler:
             audit = await audits.store(
                 connection, balance, started_at=started_at, redriven=len(redriven), detail=detail
             )
-            named = await unaccounted.named(connection, limit=IDS_LOGGED)
+            named = await unaccounted.named(connection, limit=logs.IDS_LOGGED)
         before = previous.unaccounted if previous is not None else 0
         if audit.unaccounted and not before:
-            ids = [str(record.task_id) for record in named]
-            logger.error("tasks unaccounted for", extra={"count": audit.unaccounted, "task_ids": ids})
+            facts = {"count": audit.unaccounted, **logs.of_tasks(record.task_id for record in named)}
+            logger.error("tasks unaccounted for", extra=facts)
         elif before and not audit.unaccounted:
             logger.info("all tasks accounted for", extra={"accepted": audit.accepted})
         return audit
@@ -251,4 +251,4 @@ def _outcome(candidate: Candidate, seen: Seen, now: datetime) -> LifecycleEvent:
 
 
 def _ids(task_ids: Collection[UUID]) -> dict[str, Any]:
-    return {"count": len(task_ids), "task_ids": [str(task_id) for task_id in list(task_ids)[:IDS_LOGGED]]}
+    return {"count": len(task_ids), **logs.of_tasks(task_ids)}

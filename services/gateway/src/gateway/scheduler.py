@@ -26,7 +26,7 @@ from gateway.schedules import Fire, Misfire, Outcome, Overlap, Reason, Schedule
 from gateway.settings import SchedulerSettings
 from gateway.timetable import Timetable
 from gateway.transactions import CONNECT_SECONDS, open_engine, transaction
-from taskmesh import telemetry, traces
+from taskmesh import logs, telemetry, traces
 from taskmesh.contracts.lifecycle import TERMINAL
 from taskmesh.database import is_unavailable
 from taskmesh.errors import DatabaseUnavailable
@@ -293,7 +293,8 @@ async def _fire(connection: AsyncConnection, schedule: Schedule, due_at: datetim
             fires.append(fire)
             going = schedule.overlap is Overlap.SKIP
     submitted = [fire for fire in fires if fire.outcome is Outcome.SUBMITTED]
-    await ledger.submit(connection, [_task(schedule, fire, owner) for fire in submitted])
+    tasks = [_task(schedule, fire, owner) for fire in submitted]
+    await ledger.submit(connection, tasks)
     await connection.execute(
         update(models.schedules)
         .where(models.schedules.c.id == schedule.id)
@@ -305,7 +306,8 @@ async def _fire(connection: AsyncConnection, schedule: Schedule, due_at: datetim
             retry_at=None,
         )
     )
-    return fires
+    trace_ids: dict[UUID | None, str | None] = {task.id: task.creation.trace_id for task in tasks}
+    return [replace(fire, type=schedule.type, trace_id=trace_ids.get(fire.task_id)) for fire in fires]
 
 
 def _task(schedule: Schedule, fire: Fire, owner: TypeOwner | None) -> NewTask:
@@ -431,7 +433,7 @@ def _report(fires: list[Fire]) -> None:
             extra={
                 "schedule_id": str(fire.schedule_id),
                 "fire_at": fire.fire_at.isoformat(),
-                "task_id": str(fire.task_id) if fire.task_id else None,
                 "reason": fire.reason,
+                **logs.of_task(fire.task_id, fire.type, 0 if fire.task_id else None, trace_id=fire.trace_id),
             },
         )

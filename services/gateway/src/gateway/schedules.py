@@ -152,7 +152,7 @@ class Fire:
         fire_at: When it was due.
         missed_until: The newest of the missed fires that this one stands for; None if it stands for itself.
         fired_at: When a scheduler got to it.
-        type: Of its task; None when it is read back.
+        type, trace_id: Of its task, for the log of the scheduler that submitted it; not kept.
     """
 
     schedule_id: UUID
@@ -163,6 +163,7 @@ class Fire:
     task_id: UUID | None = None
     fired_at: datetime
     type: str | None = None
+    trace_id: str | None = None
 
 
 async def clock(connection: AsyncConnection) -> datetime:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 from opentelemetry import context, trace
 from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-from opentelemetry.trace import NonRecordingSpan, SpanContext, StatusCode, TraceFlags
+from opentelemetry.trace import NonRecordingSpan, Span, SpanContext, StatusCode, TraceFlags
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,6 +22,9 @@ HEADER = "Taskmesh-Trace-Id"
 
 # Read when the instrumentation begins: http.server.request.duration in seconds, and the attributes that go with it.
 os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
+# In the old conventions for HTTP and in the new ones.
+_WITH_QUERY = frozenset({"http.url", "http.target", "url.full"})
+_QUERY = "url.query"
 
 _ids = RandomIdGenerator()
 
@@ -84,4 +88,18 @@ async def ledger_transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnecti
 
 def instrument(app: FastAPI) -> None:
     """Record one server span for each request; probes make none, and the ASGI sends and receives inside make none."""
-    FastAPIInstrumentor.instrument_app(app, excluded_urls="livez,readyz", exclude_spans=["receive", "send"])
+    FastAPIInstrumentor.instrument_app(
+        app,
+        excluded_urls="livez,readyz",
+        exclude_spans=["receive", "send"],
+        server_request_hook=_drop_query,
+    )
+
+
+def _drop_query(span: Span, scope: dict[str, Any]) -> None:  # noqa: ARG001 - the instrumentation's signature
+    """Leave the query out of the span: it says what a caller looks for, and some put their secrets there."""
+    attributes = getattr(span, "attributes", None) or {}
+    for name in _WITH_QUERY & attributes.keys():
+        span.set_attribute(name, str(attributes[name]).partition("?")[0])
+    if attributes.get(_QUERY):
+        span.set_attribute(_QUERY, "redacted")

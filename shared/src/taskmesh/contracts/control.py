@@ -33,6 +33,9 @@ class Cancellation(Part):
     parent_id: UUID | None = None
     event_id: UUID | None = None
     traceparent: str | None = None
+    # For the log, as the ledger has them: nothing depends on them.
+    attempt: int | None = None
+    trace_id: str | None = None
 
 
 class Pause(Part):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,20 +26,36 @@ class OtlpSink:
         spans: In the order of their arrival.
         points: The newest data point of every series of every process; one that is no longer sent stays.
         exemplars: The traces that were given as examples, by metric.
+        status: What spans are answered with. With anything but 200 they are not kept.
+        gate: Clear it, and every request waits, its body read, until it is set again.
+        requests: How many have come in, whatever became of them.
+        bodies: What came, unpacked, by path: in protobuf each text stands as it is.
+
+    Args:
+        port: 0 takes a free one; a number takes the place of another sink that was left.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self._arrived = threading.Condition()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self._keep, self._keep_points))
+        self._server = _Server(("127.0.0.1", port), _handler(self, self._keep, self._keep_points))
         self._thread = threading.Thread(target=self._server.serve_forever, name="otlp-sink", daemon=True)
         self.spans: list[Span] = []
         self.points: dict[Series, Point] = {}
         self.exemplars: dict[str, set[str]] = {}
+        self.status = 200
+        self.gate = threading.Event()
+        self.gate.set()
+        self.requests = 0
+        self.bodies: dict[str, list[bytes]] = {}
+
+    @property
+    def port(self) -> int:
+        return int(self._server.server_address[1])
 
     @property
     def endpoint(self) -> str:
         """In the form of OTEL_EXPORTER_OTLP_ENDPOINT: exporters add `/v1/traces` to it."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return f"http://127.0.0.1:{self.port}"
 
     def wait_for(
         self,
@@ -89,6 +108,11 @@ class OtlpSink:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End before the block does: connections are refused from now on."""
+        self.gate.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(5)
@@ -115,8 +139,30 @@ def _is_plain_gauge(point: Point) -> bool:
     return point.kind == "gauge" and not point.attributes
 
 
+class _Server(ThreadingHTTPServer):
+    """Cuts, when it is closed, also the connections that exporters keep open, as the end of a real collector does."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._connections: list[socket.socket] = []
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self._connections.append(connection)
+        return connection, address
+
+    def server_close(self) -> None:
+        super().server_close()
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Bear that an exporter that was stopped does not wait for its answer."""
+
+
 def _handler(
-    keep: Callable[[list[Span]], None], keep_points: Callable[[list[Point]], None]
+    sink: OtlpSink, keep: Callable[[list[Span]], None], keep_points: Callable[[list[Point]], None]
 ) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -124,10 +170,13 @@ def _handler(
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             content_type = self.headers.get("Content-Type", "application/x-protobuf")
-            status = 200
+            sink.requests += 1
             content_encoding = self.headers.get("Content-Encoding", "")
+            sink.bodies.setdefault(self.path, []).append(gzip.decompress(body) if content_encoding == "gzip" else body)
+            sink.gate.wait()
+            status = sink.status if self.path == "/v1/traces" else 200
             try:
-                if self.path == "/v1/traces":
+                if self.path == "/v1/traces" and status == 200:
                     keep(read_spans(body, content_type=content_type, content_encoding=content_encoding))
                 if self.path == "/v1/metrics":
                     keep_points(read_points(body, content_encoding=content_encoding))

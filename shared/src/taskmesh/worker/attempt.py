@@ -146,9 +146,11 @@ class Attempt:
             except AlreadySettled:
                 self._skip(span)
             except TaskCancelled:
-                self._cancel(unit, span)
+                with logs.facts(attempt=self.attempt):
+                    self._cancel(unit, span)
             except Poison as error:
-                self._fail(unit, error, span, park=True)
+                with logs.facts(attempt=self.attempt):
+                    self._fail(unit, error, span, park=True)
             span.set("taskmesh.task.attempt", self.attempt)
             if self.attempt > 1:
                 span.set("taskmesh.retry.reason", self._retry_reason())

@@ -15,7 +15,7 @@ from uuid import UUID
 
 from billiard.einfo import ExceptionWithTraceback
 from celery import bootsteps
-from celery.exceptions import SoftTimeLimitExceeded, Terminated, WorkerLostError
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded, Terminated, WorkerLostError
 from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer
 from celery.worker.consumer.tasks import Tasks
@@ -50,6 +50,11 @@ class MeshRequest(Request):  # type: ignore[misc]  # Celery has no types
         """True once it was handed to the pool, which cannot be told to forget it."""
         return self._apply_result is not None
 
+    @property
+    def log_facts(self) -> dict[str, Any]:
+        """The task's facts for a log line; starts that were lost before are known to the inbox only."""
+        return celery_protocol.log_facts(self.request_dict)
+
     def give_back(self) -> None:
         """Let the message go back to the queue before any process begins with it."""
         self._given_back = True
@@ -83,13 +88,19 @@ class MeshRequest(Request):  # type: ignore[misc]  # Celery has no types
             worker_state.task_ready(self)
             logger.warning(
                 "message given back: the soft time limit came after the attempt's end",
-                extra={"task_id": self.id, "type": self.name},
+                extra=self.log_facts,
             )
             self.reject(requeue=True)
             return
         if isinstance(error, WorkerLostError):
             # Its text ends with the pool's own number for the job.
-            self._lost(str(error).partition(" Job: ")[0])
+            how = str(error).partition(" Job: ")[0]
+            logger.warning(
+                "running task has lost its process", extra={**self.log_facts, "worker": self.worker_pid, "reason": how}
+            )
+            self._lost(how)
+        elif not isinstance(error, Ignore | Reject | Retry | Terminated):
+            logger.error("attempt came to no end", extra={**self.log_facts, "exception": type(error).__qualname__})
         super().on_failure(exc_info, send_failed_event, return_ok)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:  # noqa: FBT001 - Celery's signature
@@ -102,7 +113,7 @@ class MeshRequest(Request):  # type: ignore[misc]  # Celery has no types
         worker_state.task_ready(self)
         logger.warning(
             "running task killed: it has exceeded its hard time limit",
-            extra={"task_id": self.id, "type": self.name, "limit_seconds": timeout},
+            extra={**self.log_facts, "worker": self.worker_pid, "limit_seconds": timeout},
         )
         self.reject(requeue=True)
 
@@ -336,8 +347,7 @@ class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
                 "code": code,
                 "exception": type(error).__name__,
                 "reason": str(error) if isinstance(error, MalformedMessage) else None,
-                "task_id": str((message.headers or {}).get("id"))[:64],
-                "type": str((message.headers or {}).get("task"))[:200],
+                **celery_protocol.log_facts(message.headers),
             },
         )
         message.reject_log_error(logger, self.connection_errors, requeue=False)

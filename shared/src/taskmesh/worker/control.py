@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from sqlalchemy import Engine, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from taskmesh import control
+from taskmesh import control, logs
 from taskmesh.amqp import Backoff
 from taskmesh.database import async_engine, sync_engine
 from taskmesh.inbox import cancellations, pauses
@@ -113,7 +113,7 @@ class Control(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no t
         for request in unwanted:
             logger.warning(
                 "running task killed: its cancellation is forced",
-                extra={"task_id": request.id, "type": request.task.name, "worker": request.worker_pid},
+                extra={**request.log_facts, "worker": request.worker_pid},
             )
             consumer.pool.terminate_job(request.worker_pid, signal.SIGKILL)
 
@@ -188,7 +188,8 @@ class Control(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no t
         for request in waiting:
             request.give_back()
         if waiting:
-            logger.info("tasks given back: the worker takes none", extra={"tasks": len(waiting)})
+            tasks = logs.of_tasks(request.id for request in waiting)
+            logger.info("tasks given back: the worker takes none", extra={"tasks": len(waiting), **tasks})
 
 
 def _killable(consumer: Any) -> dict[UUID, Any]:

@@ -22,7 +22,7 @@ from celery.worker import state
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from taskmesh import inbox
+from taskmesh import inbox, logs
 from taskmesh.worker.attempt import WORKER_NAME
 
 if TYPE_CHECKING:
@@ -95,12 +95,12 @@ class Shutdown:
                 session.commit()
         except SQLAlchemyError:
             # They then count as lost: each of these tasks has one attempt less.
-            logger.warning("starts could not be taken back", extra={"tasks": len(ended)})
+            logger.warning("starts could not be taken back", extra=_tasks(ended))
 
     def _note(self, running: list[tuple[UUID, str]]) -> None:
         self._ended = running
         if running:
-            logger.warning("tasks given back: they have not ended in time", extra={"tasks": len(running)})
+            logger.warning("tasks given back: they have not ended in time", extra=_tasks(running))
 
     def _on_signal(self, *_: object) -> None:
         if self._rung:
@@ -194,3 +194,7 @@ class Shutdown:
             for request in tuple(state.active_requests)
             if request.worker_pid
         ]
+
+
+def _tasks(running: list[tuple[UUID, str]]) -> dict[str, Any]:
+    return {"tasks": len(running), **logs.of_tasks(task_id for task_id, _ in running)}

@@ -52,7 +52,7 @@ class Watchdog:
         for request in hung:
             logger.error(
                 "worker ends: a task has exceeded its hard time limit",
-                extra={"task_id": request.id, "type": request.task.name, "limit_seconds": limit(request)},
+                extra={**request.log_facts, "limit_seconds": limit(request)},
             )
             self._report(request)
         deadline = time.monotonic() + self._seconds

@@ -16,11 +16,13 @@ from taskmesh.parts import PartMissing
 from taskmesh.parts.postgres import Postgres
 from taskmesh.parts.rabbitmq import RabbitMQ
 from taskmesh_local import backing, environment
+from taskmesh_local.collector import collecting
 from taskmesh_local.faults import invariants
 from taskmesh_local.faults.audit import reconcile
 from taskmesh_local.faults.evidence import Databases, Evidence, queues
 from taskmesh_local.faults.injectors import Injectors
 from taskmesh_local.faults.journal import Journal
+from taskmesh_local.faults.killed import told_by_workers
 from taskmesh_local.faults.load import Load
 from taskmesh_local.faults.options import Options
 from taskmesh_local.faults.orders import orders
@@ -36,6 +38,7 @@ from taskmesh_local.state import locked
 SETTLE_SECONDS = 5.0
 """A broker that is killed right after its queues were declared may lose one; that is set-up, not operation."""
 LIMIT_SECONDS = 600.0
+EXPORT_SECONDS = 3.0
 EXPLAINED = 10
 """How many unfinished tasks the gateway is asked about."""
 
@@ -48,12 +51,13 @@ async def run(options: Options, folder: Path, console: Console) -> Report:
         PartDidNotStart: The mesh did not come up in the first place.
     """
     journal = Journal(console)
-    fleet = options.fleet()
     # Servers that the caller's shell names are not to be harmed.
     for name in environment.FILE_NAMES:
         os.environ.pop(name, None)
     folders = Folders(folder)
-    with locked(folders) as state:
+    spans = folder / "spans"
+    with collecting(spans) as endpoint, locked(folders) as state:
+        fleet = options.fleet(OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
         async with contextlib.AsyncExitStack() as stack:
             detours: list[Proxies] = []
             mesh = Mesh(
@@ -94,7 +98,18 @@ async def run(options: Options, folder: Path, console: Console) -> Report:
                 audit = None
                 if "gateway-reconciler" in roles:
                     audit = await _audit(variables, journal)
-            evidence = Evidence(load.books, databases, queues(broker.management_url), folders.mails, audit)
+            # The last spans leave their processes now.
+            await asyncio.sleep(EXPORT_SECONDS)
+            logs = [(role, folders.log(role)) for role in roles]
+            evidence = Evidence(
+                load.books,
+                databases,
+                queues(broker.management_url),
+                folders.mails,
+                audit,
+                spans,
+                [*injectors.killed, *told_by_workers(logs)],
+            )
             return await asyncio.to_thread(_conclude, options, evidence, injectors, supervisor, quiet=quiet)
 
 

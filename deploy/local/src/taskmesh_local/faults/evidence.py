@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,10 @@ from psycopg.rows import namedtuple_row
 
 from taskmesh.management import Management
 from taskmesh.parts.rabbitmq import VHOST
+from taskmesh_local.collector import collected
+from taskmesh_local.faults.killed import Killed
 from taskmesh_local.faults.load import Books
+from taskmesh_local.faults.traces import Traces, compact
 from taskmesh_local.sqlite import opened
 
 TERMINAL = ("succeeded", "failed", "cancelled", "expired")
@@ -66,6 +69,8 @@ class Evidence:
         queues: How many messages each queue of the broker holds.
         mails: The file of the inbox page.
         audit: What the gateway's own audit says; None when nobody audits.
+        spans: The collector's file; None when there was none.
+        killed: The processes that were killed with their last spans in them.
     """
 
     books: Books
@@ -73,6 +78,13 @@ class Evidence:
     queues: Mapping[str, int]
     mails: Path
     audit: Mapping[str, Any] | None
+    spans: Path | None = None
+    killed: Sequence[Killed] = ()
+
+    @cached_property
+    def traces(self) -> Traces | None:
+        """The spans; None when nobody collected any."""
+        return None if self.spans is None else Traces(compact(collected(self.spans)))
 
     @cached_property
     def tasks(self) -> dict[UUID, Any]:
@@ -80,7 +92,7 @@ class Evidence:
         rows = self.databases.rows(
             "gateway",
             "select id, type, kind, state, parent_id, root_id, event_id, schedule_id, api_key_id, service, attempt,"
-            " error->>'code' as code, result from tasks",
+            " error->>'code' as code, result, created_at, finished_at from tasks",
         )
         return {row.id: row for row in rows}
 

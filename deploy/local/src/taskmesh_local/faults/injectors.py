@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from taskmesh.parts.postgres import Postgres
 from taskmesh.parts.processes import Process
 from taskmesh.parts.rabbitmq import VHOST, RabbitMQ
 from taskmesh_local.faults.journal import Journal
+from taskmesh_local.faults.killed import Killed
 from taskmesh_local.faults.proxies import SLOW_BYTES_PER_SECOND, SLOW_DELAY_SECONDS, Proxies
 from taskmesh_local.faults.schedule import BROKER, DATABASE, Fault, Kind
 from taskmesh_local.faults.supervisor import Supervisor, until
@@ -24,6 +26,8 @@ from taskmesh_local.faults.supervisor import Supervisor, until
 WELL_SECONDS = 10.0
 """How long a fault waits for a victim that has not recovered from an earlier one."""
 SERVER_TRIES = 3
+RESTART_SECONDS = 2.0
+"""What is left of a killed role is killed so long after its time, at the latest."""
 NO_MEMORY = ("set_vm_memory_high_watermark", "absolute", "1MB")
 ENOUGH_MEMORY = ("set_vm_memory_high_watermark", "0.4")
 NO_DISK = ("set_disk_free_limit", "1000000GB")
@@ -50,6 +54,7 @@ class Injectors:
     Attributes:
         policies: The broker's policies as they were before.
         done: Every fault so far, with its effect.
+        killed: Every process that was killed on purpose, but for the servers'.
     """
 
     supervisor: Supervisor
@@ -59,6 +64,7 @@ class Injectors:
     journal: Journal
     policies: dict[str, dict[str, Any]] = field(default_factory=dict)
     done: list[Injection] = field(default_factory=list)
+    killed: list[Killed] = field(default_factory=list)
     _stopped: dict[str, list[Process]] = field(default_factory=dict)
 
     async def run(self, faults: Sequence[Fault]) -> None:
@@ -134,6 +140,8 @@ class Injectors:
         process = await self._victim(fault.victim)
         if fault.victim not in {BROKER, DATABASE}:
             self.supervisor.stay_down(fault.victim, fault.seconds)
+            # What it leaves behind ends with it, or is killed before it is started again.
+            self._note_killed(fault.victim, [process.pid, *process.children()], later_seconds=fault.seconds)
         # The process alone: its children are left behind, as a worker's are when the kernel kills it for its memory.
         process.send(signal.SIGKILL)
         gone = await until(lambda: not process.is_running(), seconds=5)
@@ -152,6 +160,7 @@ class Injectors:
         if not await until(born, seconds=WELL_SECONDS):
             raise NotInjected("it has no children")
         child = children[fault.pick % len(children)]
+        self._note_killed(fault.victim, [child])
         _signal(child, signal.SIGKILL)
         return f"child {child} of {len(children)} killed"
 
@@ -169,9 +178,19 @@ class Injectors:
         stopped = self._stopped.pop(fault.victim, [])
         if fault.badly:
             self.supervisor.stay_down(fault.victim, 0.5)
+            # It has not exported anything since it was stopped.
+            pids = [stopped[0].pid, *stopped[0].children()]
+            self._note_killed(fault.victim, pids, earlier_seconds=fault.seconds, later_seconds=RESTART_SECONDS)
             stopped[0].send(signal.SIGKILL)
         for process in stopped:
             process.send(signal.SIGCONT)
+
+    def _note_killed(
+        self, role: str, pids: Sequence[int], *, earlier_seconds: float = 0.0, later_seconds: float = 0.0
+    ) -> None:
+        now = time.time()
+        at = now + (later_seconds + RESTART_SECONDS if later_seconds else 0.0)
+        self.killed += [Killed(role=role, pid=pid, since=now - earlier_seconds, at=at) for pid in pids]
 
     async def _alarm(self, words: Sequence[str], sign: str) -> str:
         await self._victim(BROKER)

@@ -9,6 +9,7 @@ from itertools import pairwise
 from uuid import UUID
 
 from taskmesh_local.faults.evidence import TERMINAL, Evidence
+from taskmesh_local.faults.traces import tell_apart
 from taskmesh_local.faults.trials.contracts import Follow, Poison, Record, Recorded, Refuse
 
 EXAMPLES = 5
@@ -21,11 +22,13 @@ class Finding:
     Attributes:
         figure: What was counted, in a few words.
         faults: What contradicts the invariant; it holds when there is nothing.
+        notes: What is to be known although it does not contradict it.
     """
 
     name: str
     figure: str
     faults: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -349,6 +352,28 @@ def cancellations(evidence: Evidence) -> Finding:
     )
 
 
+def traces(evidence: Evidence) -> Finding:
+    """No trace is broken but by a process that was killed before it had exported its spans."""
+    name = "every trace is whole"
+    found = evidence.traces
+    if found is None:
+        return Finding(name, "nobody collects spans", ())
+    lost, orphaned = tell_apart(found.orphans(), evidence.killed)
+    missing, bereft = tell_apart(found.gaps(evidence.tasks), evidence.killed)
+    victims = Counter(str(victim) for explanation in (orphaned, bereft) for it in explanation.values() for victim in it)
+    return Finding(
+        name,
+        f"{len(found.spans)} spans of {len(evidence.tasks)} tasks in {found.count} traces, {found.repeated} sent again:"
+        f" {len(orphaned)} traces and {len(bereft)} tasks lost spans to processes that were killed",
+        (
+            *_told("one id for two spans", found.twice),
+            *_told("orphan", lost),
+            *_told("span missing", missing),
+        ),
+        tuple(f"spans may have been lost with {victim}: {count}" for victim, count in sorted(victims.items())),
+    )
+
+
 INVARIANTS: tuple[Invariant, ...] = (
     outcomes,
     keys,
@@ -365,6 +390,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     empty_queues,
     dead_letters,
     reconciliation,
+    traces,
 )
 
 

@@ -17,6 +17,10 @@ VARIABLES = {
     "TASKMESH_SMTP_ANSWER_SECONDS": "5",
     "TASKMESH_RESEND_AFTER_SECONDS": "5",
     "TASKMESH_WORKER_CONCURRENCY": "6",
+    # Afterwards the campaign reads which of a worker's children were killed, and by whom.
+    "TASKMESH_LOG_FORMAT": "json",
+    # A process that is killed takes the spans of so many milliseconds along.
+    "OTEL_BSP_SCHEDULE_DELAY": "500",
 }
 
 
@@ -57,7 +61,7 @@ class Options:
         count = round(self.minutes * FAULTS_A_MINUTE) if self.count is None else self.count
         return plan(self.seed, seconds=self.seconds, count=count, victims=Victims.of(self.fleet().roles))
 
-    def fleet(self) -> Fleet:
+    def fleet(self, **variables: str) -> Fleet:
         """The processes of `make up`, the trial worker's and the given workers', with ports that nobody prefers."""
         packages = {"trials": TRIALS, **self.workers}
         added = [Role(service, package, role) for service, package in packages.items() for role in ("relay", "worker")]
@@ -66,7 +70,7 @@ class Options:
         if self.plant:
             # A reconciler would mend what is to be found.
             roles = [planted.through(role, self.plant) for role in roles if role.role != "reconciler"]
-        return Fleet(PACKAGES | packages, tuple(roles), variables=VARIABLES)
+        return Fleet(PACKAGES | packages, tuple(roles), variables=VARIABLES | variables)
 
     def replay(self) -> str:
         """The command that runs the same campaign again."""

@@ -139,6 +139,8 @@ class Report:
         for finding in self.findings:
             for fault in finding.faults:
                 console.print(f"{finding.name}: {fault}", highlight=False, markup=False, soft_wrap=True)
+            for note in finding.notes:
+                console.print(note, highlight=False, markup=False, soft_wrap=True)
         if not self.quiet:
             console.print("The mesh did not finish its work after everything was healed.", highlight=False)
         if not self.holds:

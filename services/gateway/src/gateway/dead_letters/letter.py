@@ -12,12 +12,11 @@ from typing import Any, Final
 from uuid import UUID
 
 from gateway.dead_letters.storable import bounded, plain
-from taskmesh import celery_protocol
+from taskmesh import celery_protocol, logs
 from taskmesh.celery_protocol import MalformedMessage, TaskMessage
 from taskmesh.consuming import Delivery
 from taskmesh.contracts.lifecycle import LifecycleEvent, TaskFailure, TaskKind, TaskState
 from taskmesh.topology import LIFECYCLE_QUEUE
-from taskmesh.traces import Creation
 
 EVENTS_SUFFIX: Final = ".events"
 CONTROL_SUFFIX: Final = ".control"
@@ -121,7 +120,7 @@ class DeadLetter:
             "exception": diagnosis.exception,
             "error_fingerprint": error_fingerprint(self.service, self.type, self.reason, diagnosis),
             "attempt": diagnosis.attempt,
-            "trace_id": self._trace_id(),
+            "trace_id": self.trace_id,
         }
 
     def failure(self, diagnosis: Diagnosis, now: datetime) -> LifecycleEvent | None:
@@ -147,9 +146,11 @@ class DeadLetter:
             failure=TaskFailure(code=diagnosis.code, message=diagnosis.error, exception=diagnosis.exception),
         )
 
-    def _trace_id(self) -> str | None:
+    @property
+    def trace_id(self) -> str | None:
+        """Of the trace that its message carries."""
         traceparent = self.headers.get("traceparent")
-        return plain(Creation(traceparent).trace_id) if isinstance(traceparent, str) else None
+        return logs.trace_id_of(traceparent) if isinstance(traceparent, str) else None
 
 
 def from_broker(delivery: Delivery) -> DeadLetter:

@@ -42,6 +42,7 @@ from gateway.schemas import TaskView
 from gateway.scopes import Scope
 from gateway.tracing import ledger_transaction
 from gateway.transactions import transaction
+from taskmesh import logs
 from taskmesh.errors import NotFound
 
 logger = logging.getLogger(__name__)
@@ -141,13 +142,14 @@ async def replay_dead_letter(
         if letter_id not in outcome.replayed:
             raise _refusal(outcome, letter)
         task_id = outcome.replayed[letter_id]
-        task = None if task_id is None else TaskView.of(await ledger.get_task(connection, task_id))
+        row = None if task_id is None else await ledger.get_task(connection, task_id)
     measuring.count_accepted(outcome.accepted)
+    task = None if row is None else TaskView.of(row)
     if task is not None and not client.scopes & {Scope.TASKS_READ, Scope.DEAD_LETTERS_READ}:
         task = task.without_contents()
     if task is not None:
         response.headers["Location"] = f"/v1/tasks/{task.id}"
-    logger.info("dead letter replayed", extra={"letter_id": letter_id, "task_id": str(task_id)})
+    logger.info("dead letter replayed", extra={**(ledger.log_facts(row) if row else {}), "letter_id": letter_id})
     return ReplayView(letter=LetterView.model_validate(letter), task=task)
 
 
@@ -165,7 +167,8 @@ async def discard_dead_letter(
         letter = await listing.get(connection, letter_id)
     if letter.state == LetterState.REPLAYED:
         _check_open(letter)
-    logger.info("dead letter discarded", extra={"letter_id": letter_id})
+    facts = logs.of_task(letter.task_id, letter.type, letter.attempt, trace_id=letter.trace_id)
+    logger.info("dead letter discarded", extra={**facts, "letter_id": letter_id})
     return LetterView.model_validate(letter)
 
 
@@ -191,6 +194,7 @@ async def replay_dead_letters(
     measuring.count_accepted(outcome.accepted)
     if not request.dry_run:
         facts = {"replayed": len(outcome.replayed), "refused": len(outcome.refused)}
+        facts |= logs.of_tasks(filter(None, outcome.replayed.values()))
         logger.info("dead letters replayed", extra={**facts, "api_key_id": str(client.id)})
     return BulkReplayView(
         dry_run=request.dry_run,
@@ -219,7 +223,10 @@ async def discard_dead_letters(
         if not request.dry_run:
             discarded = await discarding.discard(connection, chosen, note=request.note, api_key_id=client.id)
     if not request.dry_run:
-        logger.info("dead letters discarded", extra={"discarded": discarded, "api_key_id": str(client.id)})
+        logger.info(
+            "dead letters discarded",
+            extra={"discarded": discarded, "letter_ids": chosen[: logs.IDS_LOGGED], "api_key_id": str(client.id)},
+        )
     return BulkDiscardView(dry_run=request.dry_run, matched=matched, discarded=discarded)
 
 

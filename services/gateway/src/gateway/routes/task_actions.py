@@ -115,7 +115,7 @@ async def cancel_task(
         )
     if outcome is CancelOutcome.CANCELLED:
         measuring.count_cancelled(task)
-    logger.info("cancellation asked for", extra={"task_id": str(task_id), "outcome": outcome, "force": asked.force})
+    logger.info("cancellation asked for", extra={**ledger.log_facts(task), "outcome": outcome, "force": asked.force})
     headers = {}
     seconds = wait_seconds(prefer)
     if seconds and outcome is CancelOutcome.REQUESTED:
@@ -142,7 +142,7 @@ async def _wait(gateway: Gateway, task: Row[Any], seconds: int) -> tuple[CancelO
         )
     except DatabaseUnavailable:
         # The wish is committed; only its end is not known.
-        logger.warning("wait given up", extra={"task_id": str(task.id)})
+        logger.warning("wait given up", extra=ledger.log_facts(task))
     state = TaskState(task.state)
     if not state.terminal:
         return CancelOutcome.REQUESTED, task
@@ -219,7 +219,7 @@ async def _retry(gateway: Gateway, client: Client, key: str | None, asked: _Retr
             if await idempotency.claim(connection, client.id, key, request_sha256=fingerprint, response=body):
                 raise retries.AlreadyRetried(f"task {asked.task_id} was tried again by this very request")
     measuring.count_accepted([new])
-    logger.info("task retried", extra={"task_id": str(new.id), "retry_of": str(new.retry_of), "type": new.type})
+    logger.info("task retried", extra={**new.log_facts, "retry_of": str(new.retry_of)})
     return body
 
 

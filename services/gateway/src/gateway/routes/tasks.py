@@ -38,7 +38,7 @@ from gateway.schemas import (
 )
 from gateway.tracing import ledger_transaction
 from gateway.transactions import transaction
-from taskmesh import traces
+from taskmesh import logs, traces
 from taskmesh.contracts.lifecycle import TaskState
 from taskmesh.errors import DatabaseUnavailable
 
@@ -338,7 +338,7 @@ async def _accept(
         span.set_attribute("taskmesh.task.id", str(new[0].id))
         span.set_attribute("taskmesh.task.type", new[0].type)
     for task in new:
-        logger.info("task accepted", extra={"task_id": str(task.id), "type": task.type, "state": task.state})
+        logger.info("task accepted", extra={**task.log_facts, "state": task.state})
     return _Accepted(body=body, replayed=False)
 
 
@@ -360,7 +360,8 @@ async def recall(gateway: Gateway, client: Client, key: str | None, request: Bas
 
 
 async def _answer_submission(gateway: Gateway, accepted: _Accepted, prefer: str | None) -> Response:
-    task_id = UUID(pydantic_core.from_json(accepted.body)["id"])
+    told = pydantic_core.from_json(accepted.body)
+    task_id = UUID(told["id"])
     headers = {"Location": f"/v1/tasks/{task_id}", **_replayed(accepted)}
     seconds = wait_seconds(prefer)
     if seconds:
@@ -369,7 +370,8 @@ async def _answer_submission(gateway: Gateway, accepted: _Accepted, prefer: str 
             row = await waiting.wait_until_finished(gateway.engine, gateway.doorbell, task_id, task_id, seconds=seconds)
         except DatabaseUnavailable:
             # The task is committed. A 503 now would be a lie that has the caller submit it again.
-            logger.warning("wait given up", extra={"task_id": str(task_id)})
+            facts = logs.of_task(task_id, told["type"], told["attempt"], trace_id=told["trace_id"])
+            logger.warning("wait given up", extra=facts)
         else:
             if TaskState(row.state).terminal:
                 return Response(TaskView.of(row).model_dump_json(), 200, headers=headers, media_type="application/json")
