@@ -1,8 +1,9 @@
-"""`python -m taskmesh_local up|down|status|logs|demo|faults`: what the Makefile calls."""
+"""`python -m taskmesh_local up|down|status|logs|demo|faults|costs|examples`: what the Makefile calls."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import shutil
@@ -22,6 +23,12 @@ from taskmesh_local.progress import Progress
 from taskmesh_local.roles import NAMES
 from taskmesh_local.state import State, locked
 
+# Imported when they are called: each brings much that `up` and `down` do without.
+TOOLS = {
+    "faults": "taskmesh_local.faults.command",
+    "costs": "taskmesh_local.costs",
+    "examples": "taskmesh_local.examples",
+}
 COLORS = {"up": "green", "not ready": "yellow", "down": "red"}
 
 
@@ -34,10 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one 
     folders = Folders.find()
     if words[:1] == ["demo"]:
         return _reporting(folders, console, lambda: demo(folders, console, words[1:]))
-    if words[:1] == ["faults"]:
-        from taskmesh_local.faults.command import main as run_campaign
-
-        return _reporting(folders, console, lambda: run_campaign(words[1:], console))
+    if words[:1] and words[0] in TOOLS:
+        tool = importlib.import_module(TOOLS[words[0]])
+        return _reporting(folders, console, lambda: int(tool.main(words[1:], console)))
     options = _parser().parse_args(words)
     match options.command:
         case "up":
