@@ -40,12 +40,14 @@ def test_a_call_centre_of_six_answers_nine_of_ten_at_once():
 
 
 def test_one_slot_waits_as_pollaczek_and_khinchine_say():
-    """Half as long for equal runs as for exponential ones."""
+    """Half as long for equal runs as for exponential ones, and two and a half times as long at twice the spread."""
     exponential = Station(rate=0.8, run_seconds=1, cv=1, slots=1)
     equal = Station(rate=0.8, run_seconds=1, cv=0, slots=1)
+    wide = Station(rate=0.8, run_seconds=1, cv=2, slots=1)
 
     assert exponential.mean_wait == pytest.approx(0.8 / 0.2)
     assert equal.mean_wait == pytest.approx(exponential.mean_wait / 2)
+    assert wide.mean_wait == pytest.approx(exponential.mean_wait * 2.5)
 
 
 def test_the_tail_of_an_exponential_queue_is_the_known_one():

@@ -153,16 +153,18 @@ class TestSimulation:
         assert away[-1].waiting == pytest.approx(8 * 300, rel=0.15)
 
     def test_the_moment_of_zero_after_an_outage_takes_pods_without_a_window(self):
-        """What the scale-down window is for: the broker says 0 of a queue of 2,400 just after its start."""
-        load = Load("outage", 900, loads.constant(8), 1.0, outage=Window(300, 600))
-        fallback = Fallback(3, 1)
+        """What the scale-down window is for: the broker says 0 of a queue of hundreds just after its start."""
+        load = Load("outage", 900, loads.constant(12), 1.0, outage=Window(300, 600))
+        spec = {"maximum": 5, "queue": 2, "fallback": Fallback(3, 1)}
 
-        hasty = simulate(load, PodSpec(slots=2), keda(queue=2, fallback=fallback, scale_down=QUICK_DOWN), replicas=5)
-        patient = simulate(load, PodSpec(slots=2), keda(queue=2, fallback=fallback), replicas=5)
+        hasty = simulate(load, PodSpec(slots=2), keda(scale_down=QUICK_DOWN, **spec), replicas=5)
+        patient = simulate(load, PodSpec(slots=2), keda(**spec), replicas=5)
 
-        after = [number for number, at in enumerate(patient.timeline) if 600 <= at.at_seconds <= 615]
-        assert min(hasty.timeline[number].replicas for number in after) == 1
-        assert min(patient.timeline[number].replicas for number in after) >= 5
+        before = [at for at in hasty.timeline if 240 <= at.at_seconds < 290]
+        assert min(at.waiting for at in before) > 100
+        assert min(at.replicas for at in before) == 5
+        assert min(at.replicas for at in hasty.timeline if 590 <= at.at_seconds <= 615) == 1
+        assert min(at.replicas for at in patient.timeline if 590 <= at.at_seconds <= 615) == 5
 
     def test_work_that_is_due_soon_has_its_pods_when_it_comes(self):
         load = Load("batch", 600, loads.constant(0.1), 1.0, known_ahead=((300.0, 400),))
