@@ -12,7 +12,7 @@ INSTALLED := .venv/.installed
 # `make test RABBITMQ=4`, `make up RABBITMQ=4`: see docs/rabbitmq.md.
 export TASKMESH_RABBITMQ := $(or $(RABBITMQ),$(TASKMESH_RABBITMQ))
 
-.PHONY: help install up down status logs demo traces test faults faults-long faults-planted bench-telemetry check fmt
+.PHONY: help install up down status logs demo traces test faults faults-long faults-planted bench-telemetry costs scaling check fmt
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,12 @@ faults-planted: $(INSTALLED) ## Plant bugs in the mesh, and check that a campaig
 
 bench-telemetry: $(INSTALLED) ## Measure what telemetry costs the gateway and a worker
 	@$(PYTHON) bench/telemetry.py $(args)
+
+costs: $(INSTALLED) ## Measure what a task costs each part of the mesh that is up, for docs/scaling.md: make costs args="--tasks 200"
+	@$(LOCAL) costs --write $(args)
+
+scaling: $(INSTALLED) ## Run the examples of docs/scaling.md, and write their output and pictures anew
+	@$(LOCAL) examples docs/scaling.md
 
 check: $(INSTALLED) ## Lint, formatting, types, and who may import whom
 	@$(PYTHON) -m ruff check .

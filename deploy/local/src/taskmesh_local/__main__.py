@@ -1,8 +1,9 @@
-"""`python -m taskmesh_local up|down|status|logs|demo|thousand|faults`: what the Makefile calls."""
+"""`python -m taskmesh_local up|down|status|logs|demo|thousand|faults|costs|examples`: what the Makefile calls."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import shutil
@@ -22,7 +23,13 @@ from taskmesh_local.progress import Progress
 from taskmesh_local.roles import NAMES
 from taskmesh_local.state import State, locked
 
-COMMANDS = "up | down | status | logs | demo | thousand | faults"
+# Imported when they are called: each brings much that `up` and `down` do without.
+TOOLS = {
+    "faults": "taskmesh_local.faults.command",
+    "costs": "taskmesh_local.costs",
+    "examples": "taskmesh_local.examples",
+}
+COMMANDS = "up | down | status | logs | demo | thousand | faults | costs | examples"
 COLORS = {"up": "green", "not ready": "yellow", "down": "red"}
 
 
@@ -37,10 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - one 
         return _reporting(folders, console, lambda: demo(folders, console, words[1:]))
     if words[:1] == ["thousand"]:
         return _reporting(folders, console, lambda: thousand(folders, console, words[1:]))
-    if words[:1] == ["faults"]:
-        from taskmesh_local.faults.command import main as run_campaign
-
-        return _reporting(folders, console, lambda: run_campaign(words[1:], console))
+    if words[:1] and words[0] in TOOLS:
+        tool = importlib.import_module(TOOLS[words[0]])
+        return _reporting(folders, console, lambda: int(tool.main(words[1:], console)))
     options = _parser().parse_args(words)
     match options.command:
         case "up":
@@ -223,6 +229,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("demo", help="send 30 invoices through the mesh")
     commands.add_parser("thousand", help="send 1,000 requests, and check that each has left one whole trace")
     commands.add_parser("faults", help="harm a mesh of its own under load, and check what must hold")
+    commands.add_parser("costs", help="measure what a task costs each part of the mesh that is up")
+    commands.add_parser("examples", help="run the examples of a page, and write their output anew")
     for page in ("inbox", "traces"):
         serve = commands.add_parser(page)
         serve.add_argument("--http-port", type=int, required=True)

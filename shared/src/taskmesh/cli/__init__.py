@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from taskmesh.cli import actions, dead, reconcile, schedules, services, tasks, types, verify
+from taskmesh.cli import actions, dead, plan, reconcile, schedules, services, tasks, types, verify
 from taskmesh.cli.failures import UsageError, describe
 from taskmesh.cli.output import print_error
 from taskmesh.client import ClientError
@@ -32,6 +32,7 @@ app.command()(actions.explain)
 app.command()(types.types)
 app.command()(reconcile.reconcile)
 app.command()(verify.verify)
+app.command()(plan.plan)
 app.add_typer(dead.app, name="dead")
 app.add_typer(schedules.app, name="schedules")
 app.add_typer(services.app, name="services")
