@@ -12,7 +12,7 @@ INSTALLED := .venv/.installed
 # `make test RABBITMQ=4`, `make up RABBITMQ=4`: see docs/rabbitmq.md.
 export TASKMESH_RABBITMQ := $(or $(RABBITMQ),$(TASKMESH_RABBITMQ))
 
-.PHONY: help install up down status logs demo test faults faults-long faults-planted check fmt
+.PHONY: help install up down status logs demo test faults faults-long faults-planted faults-alerts check dashboards fmt
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,11 +50,17 @@ faults-long: $(INSTALLED) ## The same for an hour: make faults-long SEED=2 MINUT
 faults-planted: $(INSTALLED) ## Plant bugs in the mesh, and check that a campaign finds them
 	@$(PYTHON) -m pytest -m faults tests/faults $(args)
 
+faults-alerts: $(INSTALLED) ## Provoke the fault of each alert in a mesh that a real Prometheus watches
+	@$(PYTHON) -m pytest -m faults tests/observability $(args)
+
 check: $(INSTALLED) ## Lint, formatting, types, and who may import whom
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
-	@$(PYTHON) -m mypy -p taskmesh -p gateway -p billing_worker -p email_worker -p taskmesh_local
+	@$(PYTHON) -m mypy -p taskmesh -p gateway -p billing_worker -p email_worker -p taskmesh_local -p taskmesh_observability
 	@.venv/bin/lint-imports
+
+dashboards: $(INSTALLED) ## Write the Grafana dashboards from their description in deploy/observability
+	@PYTHONPATH=deploy/observability/src $(PYTHON) -m taskmesh_observability
 
 fmt: $(INSTALLED) ## Format the code, and mend what the linter can mend
 	@$(PYTHON) -m ruff check --fix-only --quiet .
