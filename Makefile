@@ -12,7 +12,7 @@ INSTALLED := .venv/.installed
 # `make test RABBITMQ=4`, `make up RABBITMQ=4`: see docs/rabbitmq.md.
 export TASKMESH_RABBITMQ := $(or $(RABBITMQ),$(TASKMESH_RABBITMQ))
 
-.PHONY: help install up down status logs demo traces test faults faults-long faults-planted bench-telemetry costs scaling check fmt
+.PHONY: help install up down status logs demo traces test faults faults-long faults-planted faults-alerts bench-telemetry costs scaling dashboards check fmt
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ faults-long: $(INSTALLED) ## The same for an hour: make faults-long SEED=2 MINUT
 faults-planted: $(INSTALLED) ## Plant bugs in the mesh, and check that a campaign finds them
 	@$(PYTHON) -m pytest -m faults tests/faults $(args)
 
+faults-alerts: $(INSTALLED) ## Provoke the fault of each alert in a mesh that a real Prometheus watches
+	@$(PYTHON) -m pytest -m faults tests/observability $(args)
+
 bench-telemetry: $(INSTALLED) ## Measure what telemetry costs the gateway and a worker
 	@$(PYTHON) bench/telemetry.py $(args)
 
@@ -65,8 +68,11 @@ scaling: $(INSTALLED) ## Run the examples of docs/scaling.md, and write their ou
 check: $(INSTALLED) ## Lint, formatting, types, and who may import whom
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
-	@$(PYTHON) -m mypy -p taskmesh -p gateway -p billing_worker -p email_worker -p taskmesh_local
+	@$(PYTHON) -m mypy -p taskmesh -p gateway -p billing_worker -p email_worker -p taskmesh_local -p taskmesh_observability
 	@.venv/bin/lint-imports
+
+dashboards: $(INSTALLED) ## Write the Grafana dashboards from their description in deploy/observability
+	@PYTHONPATH=deploy/observability/src $(PYTHON) -m taskmesh_observability
 
 fmt: $(INSTALLED) ## Format the code, and mend what the linter can mend
 	@$(PYTHON) -m ruff check --fix-only --quiet .
