@@ -318,6 +318,18 @@ PALE = """() => {
 }"""
 
 
+def test_a_machine_without_the_browser_skips_unless_it_is_that_of_ci(monkeypatch, tmp_path):
+    """What nobody has installed is no fault of the code; in CI it would go unnoticed."""
+    monkeypatch.setattr(browsing, "CHROMIUM", tmp_path / "chromium")
+
+    monkeypatch.delenv(browsing.CI_VARIABLE, raising=False)
+    with pytest.raises(pytest.skip.Exception, match="apt-get install"), chromium():
+        pass
+    monkeypatch.setenv(browsing.CI_VARIABLE, "1")
+    with pytest.raises(pytest.fail.Exception, match="apt-get install"), chromium():
+        pass
+
+
 def test_the_waterfalls_of_a_retried_task_and_of_a_fan_out_are_pictures_of_the_documentation(
     browser, traces_url, exports, opened, tmp_path, monkeypatch
 ):

@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any
 
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
@@ -233,11 +232,6 @@ def reason_of(error: str | None) -> str | None:
     if error is None:
         return None
     return "".join(f"-{c.lower()}" if c.isupper() else c for c in error).lstrip("-")
-
-
-def at(text: str) -> float:
-    """A moment in milliseconds since 1970."""
-    return datetime.fromisoformat(text).timestamp() * 1000
 
 
 def trace_id(span: Span) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from taskmesh.parts.spans import Span
 from taskmesh_local.overview import WORK
@@ -25,6 +25,8 @@ MILLISECONDS = {
     "h": 3_600_000,
     "d": 86_400_000,
 }
+# What SQLite can compare.
+LARGEST = 2**63 - 1
 
 
 def milliseconds(text: Any) -> Any:
@@ -41,7 +43,20 @@ def milliseconds(text: Any) -> Any:
     return float(read["number"]) * MILLISECONDS[read["unit"] or "ms"]
 
 
+def in_utc(at: datetime) -> datetime:
+    """The moment in UTC; a time without a zone is the machine's own.
+
+    Raises:
+        ValueError: There is no such moment in UTC, as with the first hours of the year 1.
+    """
+    try:
+        return at.astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError(f"{at} is out of range") from error
+
+
 Length = Annotated[float, BeforeValidator(milliseconds)]
+Moment = Annotated[datetime, AfterValidator(in_utc)]
 
 
 class TraceQuery(BaseModel):
@@ -75,8 +90,8 @@ class TraceQuery(BaseModel):
     shortest: Annotated[Length | None, Field(alias="min")] = None
     longest: Annotated[Length | None, Field(alias="max")] = None
     within: Length | None = None
-    since: datetime | None = None
-    until: datetime | None = None
+    since: Moment | None = None
+    until: Moment | None = None
     linked: str = ""
     span: str = ""
     background: bool = True
@@ -126,7 +141,7 @@ class TraceQuery(BaseModel):
         if self.longest is not None:
             yield "ended - begun <= :longest", {"longest": self.longest * 1e6}
         if self.within is not None:
-            yield "begun >= :within", {"within": _nanoseconds(now) - round(self.within * 1e6)}
+            yield "begun >= :within", {"within": _nanoseconds(now) - self.within * 1e6}
         if self.since is not None:
             yield "begun >= :since", {"since": _nanoseconds(self.since)}
         if self.until is not None:
@@ -134,9 +149,9 @@ class TraceQuery(BaseModel):
 
 
 def _nanoseconds(at: datetime) -> int:
-    # Without a zone, `astimezone` takes the machine's.
-    delta = at.astimezone(UTC) - datetime(1970, 1, 1, tzinfo=UTC)
-    return (delta.days * 86_400 + delta.seconds) * 10**9 + delta.microseconds * 1000
+    delta = at - datetime(1970, 1, 1, tzinfo=UTC)
+    nanoseconds = (delta.days * 86_400 + delta.seconds) * 10**9 + delta.microseconds * 1000
+    return min(max(nanoseconds, 0), LARGEST)
 
 
 def facets(span: Span) -> set[tuple[str, str]]:

@@ -21,7 +21,8 @@ from taskmesh_local.sqlite import opened
 # first. Some hundred megabytes at most.
 KEPT_TRACES = 10_000
 
-# Raised with the tables: what an older release kept is forgotten then, for a laptop's traces are no archive.
+# Raised with the tables, and with what spans are found by: what an older release kept is forgotten then, for a
+# laptop's traces are no archive.
 VERSION = 2
 SCHEMA = f"""
 BEGIN;
@@ -186,15 +187,8 @@ class Spans:
             spans = [_span(text) for (text,) in database.execute(select, (trace_id,))]
         return (_overview(row), spans) if row else None
 
-    def span(self, trace_id: str, span_id: str) -> Span | None:
-        """One span; None if it is not known."""
-        with opened(self._path) as database:
-            select = "SELECT span FROM spans WHERE trace_id = ? AND span_id = ?"
-            row = database.execute(select, (trace_id, span_id)).fetchone()
-        return _span(row[0]) if row else None
-
     def links_from(self, trace_id: str, span_id: str = "") -> list[Link]:
-        """The links that spans of this trace, or the one of them, have made."""
+        """The links that the spans of this trace have made; given a span, only those of that one."""
         select = f"""
             SELECT span_id, to_trace, to_span, relation, {LINE_OF_OTHER} FROM links
             LEFT JOIN traces AS other ON other.trace_id = to_trace
@@ -202,7 +196,7 @@ class Spans:
         """  # noqa: S608 - a constant
         return self._links(select, (trace_id, span_id, span_id), outgoing=True)
 
-    def links_to(self, trace_id: str, span_id: str = "", *, batches: bool, limit: int = 200) -> list[Link]:
+    def links_to(self, trace_id: str, span_id: str = "", *, batches: bool, limit: int) -> list[Link]:
         """The links that others have made to this trace, or to one span of it, the newest first.
 
         Args:

@@ -159,6 +159,11 @@ class Waterfall:
         return [row for row in self.rows if isinstance(row, Row)]
 
     @property
+    def waits(self) -> set[str]:
+        """For what anything has waited, as far as the spans tell."""
+        return {wait.kind for row in self.spans for wait in row.waits}
+
+    @property
     def ticks(self) -> list[float]:
         """Where the axis has its marks, in milliseconds: round numbers, four to nine of them."""
         step = _round_step(self.whole_ms / 5)
