@@ -153,6 +153,25 @@ def test_linked_traces_are_followed_in_both_directions(opened, exports):
         page.wait_for_url(f"**/traces/{trace_id(server)}")
 
 
+def test_a_task_is_copied_for_the_command_line(opened, exports):
+    """Its id, and the command that explains it, from the page of a trace and from that of a span."""
+    root = told_spans.retried_task(exports)
+    exports.export()
+    task = exports.task_id("retried")
+    with opened(f"/traces/{trace_id(root)}") as page:
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page.get_by_role("button", name="Copy the command that explains the task").click()
+        expect(page.get_by_text("Copied")).to_be_visible()
+        assert page.evaluate("navigator.clipboard.readText()") == f"taskmesh explain {task}"
+
+        row(page, "Attempt 2").click()
+        page.get_by_role("link", name="Open alone").click()
+        page.wait_for_url("**/spans/*")
+        page.get_by_role("button", name="Copy the task's id").click()
+        expect(page.get_by_text("Copied")).to_be_visible()
+        assert page.evaluate("navigator.clipboard.readText()") == task
+
+
 def test_a_phone_scrolls_in_one_direction_only(opened, exports):
     """375 points are enough for the list, its filters, a waterfall and the details of a span."""
     root = told_spans.retried_task(exports)

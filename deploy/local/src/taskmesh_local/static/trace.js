@@ -245,18 +245,6 @@ function goToHash() {
   row.addEventListener("animationend", () => row.classList.remove("found"), { once: true });
 }
 
-document.addEventListener("click", async (event) => {
-  const button = event.target.closest("[data-copy]");
-  if (!button) return;
-  try {
-    await navigator.clipboard.writeText(button.dataset.copy);
-    button.textContent = "Copied";
-  } catch {
-    button.textContent = "Not allowed";
-  }
-  setTimeout(() => { button.textContent = "Copy"; }, 1500);
-});
-
 for (const row of rows) {
   row.tabIndex = row === current ? 0 : -1;
   for (const link of row.querySelectorAll("a")) link.tabIndex = -1;
