@@ -187,11 +187,13 @@ def test_a_phone_scrolls_in_one_direction_only(opened, exports):
         assert lane["width"] > 0.8 * whole
 
 
-# What is wider than the window, or has its text cut off by it.
+# What is wider than the window, or than its own box without being cut off on purpose.
 OVERFLOW = """() => [
   ...(document.documentElement.scrollWidth > innerWidth ? ["the page"] : []),
   ...[...document.querySelectorAll("main *")].filter((each) => !each.closest("svg, .visually-hidden")
-      && each.getBoundingClientRect().right > innerWidth + 1).map((each) => each.outerHTML.slice(0, 120)),
+      && (each.getBoundingClientRect().right > innerWidth + 1
+        || (each.clientWidth && each.scrollWidth > each.clientWidth + 1 && getComputedStyle(each).overflowX === "visible")))
+    .map((each) => each.outerHTML.slice(0, 120)),
 ]"""
 
 
