@@ -112,16 +112,49 @@ def migrate(url: SecretStr | str, *, scripts: Path | None) -> None:
         engine.dispose()
 
 
-def _upgrade(connection: Connection, scripts: Path, version_table: str) -> None:
+def is_migrated(url: SecretStr | str, *, scripts: Path | None) -> bool:
+    """True if the schema is at least that of this release; a newer one suits the release before it, too.
+
+    Needs no more rights than to read, and changes nothing.
+
+    Args:
+        url: Any role's URL.
+        scripts: As for `migrate`.
+    """
+    tables = {LIBRARY_VERSION_TABLE: LIBRARY_SCRIPTS, SERVICE_VERSION_TABLE: scripts}
+    engine = sync_engine(url, poolclass=NullPool)
+    try:
+        with engine.connect() as connection:
+            return all(_is_upgraded(connection, folder, table) for table, folder in tables.items() if folder)
+    finally:
+        engine.dispose()
+
+
+def _is_upgraded(connection: Connection, scripts: Path, version_table: str) -> bool:
+    directory = _directory(scripts)
+    context = MigrationContext.configure(connection, opts={"version_table": version_table})
+    current = context.get_current_revision()
+    if current is None:
+        return directory.get_current_head() is None
+    # Revisions are in one line: what this release does not know came after it.
+    known = {each.revision for each in directory.walk_revisions()}
+    return current == directory.get_current_head() or current not in known
+
+
+def _directory(scripts: Path) -> ScriptDirectory:
     config = Config()
     config.set_main_option("script_location", str(scripts))
     config.set_main_option("path_separator", "os")
-    directory = ScriptDirectory.from_config(config)
+    return ScriptDirectory.from_config(config)
+
+
+def _upgrade(connection: Connection, scripts: Path, version_table: str) -> None:
+    directory = _directory(scripts)
 
     def steps(revision: Any, _: MigrationContext) -> Any:
         return directory._upgrade_revs("head", revision)  # noqa: SLF001 - what alembic.command.upgrade itself calls
 
-    with EnvironmentContext(config, directory, fn=steps, destination_rev="head") as environment:
+    with EnvironmentContext(Config(), directory, fn=steps, destination_rev="head") as environment:
         environment.configure(connection=connection, version_table=version_table, transaction_per_migration=True)
         with environment.begin_transaction():
             environment.run_migrations()

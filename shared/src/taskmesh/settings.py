@@ -1,10 +1,13 @@
 """Settings that every role of every service has. Built once in an entry point and handed down.
 
 There is no default for a secret or an address: a missing one stops the process at start and names the variable.
+A variable may be a file of that name in the folder that `TASKMESH_SECRETS_DIR` names, so that a secret need not be in
+the environment, which child processes inherit and crash reports print.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -55,6 +58,18 @@ class ServiceSettings(BaseSettings):
         return frozenset(key.strip() for key in self.baggage_keys.split(",") if key.strip())
 
 
+class CheckSettings(BaseSettings):
+    """The check role looks at the database alone, as any role may."""
+
+    model_config = SettingsConfigDict(env_prefix="TASKMESH_", frozen=True, extra="ignore")
+
+    database_url: PostgresUrl
+    log_format: Literal["json", "console"] = "json"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    check_wait_seconds: Annotated[float, Field(ge=0)] = 0
+    """How long to wait for `setup` to be done; 0 looks once."""
+
+
 class SetupSettings(ServiceSettings):
     """The setup role also talks to the broker's management API, to set policies."""
 
@@ -80,13 +95,15 @@ class WorkerSettings(ServiceSettings):
     """An attempt that takes so long is exported although its trace is not sampled."""
 
 
+SECRETS_DIR = "TASKMESH_SECRETS_DIR"
+
 SettingsT = TypeVar("SettingsT", bound=BaseSettings)
 
 
 def load(settings: type[SettingsT]) -> SettingsT:
     """Read the environment, or end the process with one line for each wrong variable."""
     try:
-        return settings()
+        return settings(_secrets_dir=os.environ.get(SECRETS_DIR))
     except ValidationError as error:
         prefix = settings.model_config.get("env_prefix", "")
         for problem in error.errors():

@@ -1,4 +1,4 @@
-"""`python -m gateway setup|api|projector|scheduler|relay|reconciler`: the roles; and `keys` to hand out API keys."""
+"""`python -m gateway setup|check|api|projector|scheduler|relay|reconciler`: the roles; `keys` hands out API keys."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from gateway.settings import (
     SchedulerSettings,
 )
 from taskmesh import logs, telemetry
+from taskmesh.checking import check
 from taskmesh.health import Health
-from taskmesh.settings import ServiceSettings, load
+from taskmesh.settings import CheckSettings, ServiceSettings, load
 from taskmesh.telemetry import release
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     match options.role:
         case "setup":
             set_up(load(GatewaySetupSettings))
+        case "check":
+            raise SystemExit(check(load(CheckSettings), service=SERVICE, scripts=SCRIPTS))
         case "api":
             serve(load(ApiSettings))
         case "projector":
@@ -63,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=release())
     roles = parser.add_subparsers(dest="role", required=True)
     roles.add_parser("setup", help="migrate the database and declare the topology; safe to repeat")
+    roles.add_parser("check", help="say whether setup is done for this release; changes nothing")
     roles.add_parser("api", help="serve HTTP")
     roles.add_parser("projector", help="write what workers report into the ledger")
     roles.add_parser("scheduler", help="fire schedules")

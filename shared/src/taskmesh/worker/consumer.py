@@ -26,9 +26,9 @@ from kombu.exceptions import KombuError
 from taskmesh import celery_protocol, exchanges, lifecycle
 from taskmesh.celery_protocol import EVENT_ID_HEADER, KIND_HEADER, MalformedMessage
 from taskmesh.contracts.lifecycle import LifecycleEvent, TaskFailure, TaskKind, TaskState
-from taskmesh.health import Health
 from taskmesh.worker import foreign_frames
 from taskmesh.worker.control import Control
+from taskmesh.worker.probes import Probes, while_connecting
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,6 @@ foreign_frames.install()
 
 # A task that ends sooner is never reported as running: the report would only trail behind its outcome.
 RUNNING_REPORT_SECONDS = 0.2
-
-HEARTBEAT_SECONDS = 5.0
 
 
 class MeshRequest(Request):  # type: ignore[misc]  # Celery has no types
@@ -251,28 +249,6 @@ def _event(request: MeshRequest, state: TaskState, at: datetime, **facts: Any) -
     )
 
 
-class HealthFiles(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
-    """Touches the worker's health file from the consumer's own loop."""
-
-    requires = (Tasks, Control)
-
-    def __init__(self, consumer: Any, **options: Any) -> None:
-        super().__init__(consumer, **options)
-        self._timer: Any = None
-
-    def start(self, consumer: Any) -> None:
-        """The consumer is attached to its queues: the worker can work."""
-        health = Health(consumer.app.settings.health_dir, f"{consumer.app.service}-worker")
-        health.ready()
-        self._timer = consumer.timer.call_repeatedly(HEARTBEAT_SECONDS, health.beat)
-
-    def stop(self, consumer: Any) -> None:  # noqa: ARG002 - Celery's signature
-        """Leave the files: while the broker is away the worker is waiting, not broken."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-
 class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
     """Dead-letters whatever it cannot hand to a task."""
 
@@ -283,8 +259,13 @@ class MeshConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
             *(step for step in Consumer.Blueprint.default_steps if not step.endswith(":DelayedDelivery")),
             RunningReports,
             Control,
-            HealthFiles,
+            Probes,
         )
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """As Celery does, however long it takes; the worker is alive meanwhile."""
+        conn.ensure_connection = while_connecting(self, conn.ensure_connection)
+        return super().ensure_connected(conn)
 
     def on_decode_error(self, message: Any, exc: BaseException) -> None:
         """Park what stock Celery would acknowledge away."""

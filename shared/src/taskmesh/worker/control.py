@@ -64,6 +64,12 @@ class Control(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no t
         self._paused: bool | None = None
         self._asked = False
         self._timer: Any = None
+        consumer.mesh_control = self
+
+    @property
+    def is_paused(self) -> bool:
+        """True while a person wants the service's workers to take no tasks, as far as the database can tell."""
+        return self._paused is True and self._lost_at is None
 
     def start(self, consumer: Any) -> None:
         """Decide before the first task, and then every second."""

@@ -1,4 +1,4 @@
-"""The roles of a worker service: `setup`, `worker` and `relay`, each a process of the same image."""
+"""The roles of a worker service: `setup`, `check`, `worker` and `relay`, each a process of the same image."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taskmesh import logs, telemetry
+from taskmesh.checking import check
 from taskmesh.database import async_engine, migrate
 from taskmesh.health import Health
-from taskmesh.settings import RelaySettings, SetupSettings, WorkerSettings, load
+from taskmesh.settings import CheckSettings, RelaySettings, SetupSettings, WorkerSettings, load
 
 if TYPE_CHECKING:
     from taskmesh.worker.app import WorkerApp
@@ -42,12 +43,14 @@ def main(
         arguments: The command line; None takes the process's own.
     """
     parser = argparse.ArgumentParser(prog=f"{app.service}-worker", description=f"The roles of {app.service}.")
-    parser.add_argument("role", choices=["setup", "worker", "relay"])
+    parser.add_argument("role", choices=["setup", "check", "worker", "relay"])
     parser.add_argument("--version", action="version", version=app.release)
     role = parser.parse_args(arguments).role
     match role:
         case "setup":
             set_up(app, load(SetupSettings), scripts)
+        case "check":
+            raise SystemExit(check(load(CheckSettings), service=app.service, scripts=scripts))
         case "worker":
             raise SystemExit(work(app, load(settings)))
         case _:
