@@ -324,8 +324,9 @@ def test_a_worker_that_starts_without_its_database_takes_nothing_until_it_has_it
         server.execute(f"alter database {name} allow_connections false")
         server.execute("select pg_terminate_backend(pid) from pg_stat_activity where datname = %s", (name,))
         with logged(orders, "control tables cannot be read"):
-            orders.start("worker")
+            orders.spawn("worker")
         cancel(orders, unwanted)
+        assert not (orders.health / "orders-worker.ready").exists()
         assert in_hand(orders, "orders") == 0
         assert ready(orders) == 1
         server.execute(f"alter database {name} allow_connections true")

@@ -34,6 +34,9 @@ ProcessStart = Callable[[Any], None]
 TaskDecorator = Callable[[Callable[..., Any]], MeshTask]
 StartHook = TypeVar("StartHook", bound=ProcessStart)
 
+# Messages that a worker holds of each queue for each task that it runs at a time.
+PREFETCH_MULTIPLIER = 1
+
 # Each process has a name of its own for its connections.
 CUT = text(
     "select pg_terminate_backend(pid) from pg_stat_activity where application_name = :name and pid <> pg_backend_pid()"
@@ -401,7 +404,9 @@ def configuration(service: str, settings: WorkerSettings, *, listens: bool) -> d
         "worker_consumer": "taskmesh.worker.consumer:MeshConsumer",
         "worker_concurrency": settings.worker_concurrency,
         "worker_pool": settings.worker_pool,
-        "worker_prefetch_multiplier": 1,
+        "worker_prefetch_multiplier": PREFETCH_MULTIPLIER,
+        # In KiB. A leak ends in a new process, and not in the pod's whole worker being killed for it.
+        "worker_max_memory_per_child": settings.worker_process_mib and settings.worker_process_mib * 1024,
         "worker_enable_remote_control": False,
         "worker_send_task_events": False,
         "worker_hijack_root_logger": False,
