@@ -12,10 +12,10 @@ INSTALLED := .venv/.installed
 # `make test RABBITMQ=4`, `make up RABBITMQ=4`: see docs/rabbitmq.md.
 export TASKMESH_RABBITMQ := $(or $(RABBITMQ),$(TASKMESH_RABBITMQ))
 
-.PHONY: help install up down status logs demo traces test faults faults-long faults-planted faults-alerts bench-telemetry costs scaling dashboards check fmt
+.PHONY: help install up down status logs demo traces test faults faults-long faults-planted faults-alerts bench-telemetry costs scaling dashboards k8s-tools k8s-check images check fmt
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(INSTALLED): uv.lock pyproject.toml $(wildcard shared/pyproject.toml services/*/pyproject.toml deploy/*/pyproject.toml) deploy/local/bootstrap
 	@deploy/local/bootstrap
@@ -73,6 +73,19 @@ check: $(INSTALLED) ## Lint, formatting, types, and who may import whom
 
 dashboards: $(INSTALLED) ## Write the Grafana dashboards from their description in deploy/observability
 	@PYTHONPATH=deploy/observability/src $(PYTHON) -m taskmesh_observability
+
+# Other people's checkers of manifests, in an environment of their own.
+MANIFEST_TOOLS := .taskmesh/manifest-tools
+$(MANIFEST_TOOLS)/.installed: tests/deploy/tools/uv.lock $(INSTALLED)
+	@echo "installing the checkers of manifests (uv sync)" >&2
+	@UV_PROJECT_ENVIRONMENT=$(CURDIR)/$(MANIFEST_TOOLS) UV_PYTHON_DOWNLOADS=never \
+		.taskmesh/tools/bin/uv sync --frozen --quiet --project tests/deploy/tools --python $(PYTHON)
+	@touch $@
+
+k8s-tools: $(MANIFEST_TOOLS)/.installed
+
+k8s-check: $(INSTALLED) k8s-tools ## Check deploy/k8s: everything that needs no cluster
+	@$(PYTHON) -m pytest tests/deploy $(args)
 
 fmt: $(INSTALLED) ## Format the code, and mend what the linter can mend
 	@$(PYTHON) -m ruff check --fix-only --quiet .

@@ -90,7 +90,7 @@ class WorkerSettings(ServiceSettings):
     worker_concurrency: Annotated[int, Field(ge=1, le=256)] = 2
     worker_pool: Literal["prefork", "threads", "solo"] = "prefork"
     worker_process_mib: Annotated[int, Field(ge=64)] | None = None
-    """A process of the pool `prefork` whose memory exceeds so many MiB ends after its task and is replaced; None never."""
+    """A process of the pool `prefork` that has grown beyond so many MiB ends after its task, and is replaced."""
     soft_shutdown_seconds: Annotated[float, Field(ge=0)] = 20.0
     """How long running tasks may go on after SIGTERM before their messages go back to the queue."""
     slow_task_seconds: Annotated[float, Field(gt=0)] = 10.0

@@ -28,7 +28,7 @@ STOP_SECONDS = 30.0
 ADDRESSED = ("gateway-api", *PAGES)
 """The processes that are reached over HTTP."""
 SCOPES = (
-    "tasks:write,tasks:read,types:read,schedules:read,schedules:write,services:write,"
+    "tasks:write,tasks:read,types:read,schedules:read,schedules:write,services:read,services:write,"
     "dead-letters:read,dead-letters:write,reconciliation:read,reconciliation:write"
 )
 

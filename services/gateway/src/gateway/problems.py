@@ -157,6 +157,12 @@ _KINDS: Final = (
         advice="See that the role `reconciler` runs. GET /v1/reconciliation has the last audit.",
     ),
     Kind(
+        code="outstanding_unknown",
+        status=503,
+        title="What the service has to do cannot be known at the moment",
+        advice="Keep as many workers as there are. See that `reconciler` and `projector` run and reach the broker.",
+    ),
+    Kind(
         code="internal",
         status=500,
         title="The gateway failed",

@@ -13,6 +13,7 @@ class Scope(StrEnum):
     TYPES_READ = "types:read"
     SCHEDULES_READ = "schedules:read"
     SCHEDULES_WRITE = "schedules:write"
+    SERVICES_READ = "services:read"
     SERVICES_WRITE = "services:write"
     DEAD_LETTERS_READ = "dead-letters:read"
     DEAD_LETTERS_WRITE = "dead-letters:write"

@@ -13,6 +13,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import LiteralString
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import psycopg
@@ -25,6 +26,22 @@ from taskmesh.parts.processes import Process, log_end, spawn
 
 ADMIN = "taskmesh_admin"
 START_SECONDS = 60.0
+
+DATABASE_GRANTS: tuple[LiteralString, ...] = (
+    "REVOKE ALL ON DATABASE {database} FROM PUBLIC",
+    "GRANT CONNECT ON DATABASE {database} TO {user}",
+)
+"""What an administrator does to a service's database: only its own two roles may enter it."""
+
+SCHEMA_GRANTS: tuple[LiteralString, ...] = (
+    "REVOKE CREATE ON SCHEMA public FROM PUBLIC",
+    "GRANT USAGE, CREATE ON SCHEMA public TO {owner}",
+    "GRANT USAGE ON SCHEMA public TO {user}",
+    "ALTER DEFAULT PRIVILEGES FOR ROLE {owner} GRANT USAGE ON SCHEMAS TO {user}",
+    "ALTER DEFAULT PRIVILEGES FOR ROLE {owner} GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO {user}",
+    "ALTER DEFAULT PRIVILEGES FOR ROLE {owner} GRANT USAGE, SELECT ON SEQUENCES TO {user}",
+)
+"""What is done inside it: the owner makes tables, and the narrow role gets their rows."""
 
 
 class Postgres:
@@ -248,17 +265,10 @@ def _create_service_database(
         if not admin.execute("SELECT 1 FROM pg_database WHERE datname = %s", [service]).fetchone():
             admin.execute(sql.SQL("CREATE DATABASE {} OWNER {}").format(sql.Identifier(service), sql.Identifier(owner)))
         names = {"database": sql.Identifier(service), "owner": sql.Identifier(owner), "user": sql.Identifier(user)}
-        admin.execute(sql.SQL("REVOKE ALL ON DATABASE {database} FROM PUBLIC").format(**names))
-        admin.execute(sql.SQL("GRANT CONNECT ON DATABASE {database} TO {user}").format(**names))
+        for statement in DATABASE_GRANTS:
+            admin.execute(sql.SQL(statement).format(**names))
     with psycopg.connect(_in_database(admin_url, service), autocommit=True) as database:
-        for statement in (
-            "REVOKE CREATE ON SCHEMA public FROM PUBLIC",
-            "GRANT USAGE, CREATE ON SCHEMA public TO {owner}",
-            "GRANT USAGE ON SCHEMA public TO {user}",
-            "ALTER DEFAULT PRIVILEGES FOR ROLE {owner} GRANT USAGE ON SCHEMAS TO {user}",
-            "ALTER DEFAULT PRIVILEGES FOR ROLE {owner} GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO {user}",
-            "ALTER DEFAULT PRIVILEGES FOR ROLE {owner} GRANT USAGE, SELECT ON SEQUENCES TO {user}",
-        ):
+        for statement in SCHEMA_GRANTS:
             database.execute(sql.SQL(statement).format(**names))
     return ServiceDatabase(
         owner_url=_in_database(admin_url, service, owner, passwords[owner]),

@@ -8,15 +8,19 @@ from typing import Annotated
 from fastapi import APIRouter, Path
 from pydantic import BaseModel, ConfigDict, Field
 
-from gateway import services
-from gateway.auth import ServiceWriter, TypeReader
+from gateway import outstanding, services
+from gateway.auth import ServiceReader, ServiceWriter, TypeReader
 from gateway.bodies import JsonRoute
 from gateway.dependencies import GatewayParts
-from gateway.problems import declare
+from gateway.problems import Problem, declare
 from gateway.schemas import Utc
 from gateway.transactions import transaction
+from taskmesh.errors import NotFound
 
 logger = logging.getLogger(__name__)
+
+RETRY_AFTER_SECONDS = 10
+"""The reconciler looks at the broker every few seconds."""
 
 router = APIRouter(prefix="/v1/services", tags=["services"], route_class=JsonRoute)
 
@@ -59,6 +63,20 @@ class ServiceList(BaseModel):
     items: list[ServiceView]
 
 
+class OutstandingView(BaseModel):
+    """What a service's workers have still to do."""
+
+    model_config = ConfigDict(from_attributes=True, use_attribute_docstrings=True)
+
+    service: str
+    waiting: int
+    """Tasks that wait for a worker, retries included, or are due within the next minute."""
+    oldest_age_seconds: float | None
+    """How long the oldest of them has been due; null when that cannot be known, 0 when none waits."""
+    work_seconds: float
+    """How long one process would take for all of them. Divide it by an acceptable delay to know how many are needed."""
+
+
 class PauseRequest(BaseModel):
     """Why a service is to be paused."""
 
@@ -74,6 +92,20 @@ async def list_services(gateway: GatewayParts, _: TypeReader) -> ServiceList:
     async with transaction(gateway.engine) as connection:
         found = await services.list_services(connection)
     return ServiceList(items=[ServiceView.model_validate(service) for service in found])
+
+
+@router.get("/{service}/outstanding", responses=declare("not_found", "outstanding_unknown", "invalid_request"))
+async def get_outstanding(service: ServiceName, gateway: GatewayParts, _: ServiceReader) -> OutstandingView:
+    """Tell how much work lies before a service, for an autoscaler: known by the ledger and the broker, or an error."""
+    async with transaction(gateway.engine) as connection:
+        found = (await outstanding.read(connection, only=service)).get(service)
+    if found is None:
+        raise NotFound(f"no service {service} has announced itself")
+    # A figure of the last known state could have an autoscaler take workers away from work that nobody has counted.
+    if not found.is_certain or found.work_seconds is None:
+        detail = "the broker was not seen lately, or nobody writes down what workers report"
+        raise Problem("outstanding_unknown", detail, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+    return OutstandingView.model_validate(found)
 
 
 @router.post("/{service}:pause", responses=declare("not_found", "invalid_request", "unsupported_media_type"))
