@@ -87,6 +87,9 @@ k8s-tools: $(MANIFEST_TOOLS)/.installed
 k8s-check: $(INSTALLED) k8s-tools ## Check deploy/k8s: everything that needs no cluster
 	@$(PYTHON) -m pytest tests/deploy $(args)
 
+images: ## Build the images of the three services: make images TAG=0.1.0 (docker, podman or buildah)
+	@TAG=$(or $(TAG),dev) deploy/images/build
+
 fmt: $(INSTALLED) ## Format the code, and mend what the linter can mend
 	@$(PYTHON) -m ruff check --fix-only --quiet .
 	@$(PYTHON) -m ruff format .
