@@ -1,27 +1,18 @@
-"""The trace page as a person meets it, in Debian's Chromium.
-
-`TASKMESH_PICTURES=1 pytest -k pictures` on this file makes the pictures of docs/telemetry.md anew.
-"""
+"""The trace page as a person meets it, in Debian's Chromium."""
 
 from __future__ import annotations
 
 import re
-import socket
-import struct
-import threading
 import time
 from contextlib import contextmanager
 
 import httpx
 import pytest
-import uvicorn
 from playwright.sync_api import expect
 
 import browsing
 import told_spans
-from browsing import chromium, picture_file, take_picture
-from taskmesh_local.spans import Spans
-from taskmesh_local.traces import application
+from browsing import chromium, png_size, take_picture, trace_page
 from told_spans import Exports, trace_id
 
 PATIENCE_MS = 30_000
@@ -36,15 +27,8 @@ def browser():
 
 @pytest.fixture
 def traces_url(tmp_path):
-    """The real page on a free port; connections wait in the socket's queue until it serves."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        app = application(Spans(tmp_path / "traces.db"), lambda: "http://gateway.test")
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(10)
+    with trace_page(tmp_path / "traces.db") as url:
+        yield url
 
 
 @pytest.fixture
@@ -351,7 +335,7 @@ def test_a_machine_without_the_browser_skips_unless_it_is_that_of_ci(monkeypatch
         pass
 
 
-def test_the_waterfalls_of_a_retried_task_and_of_a_fan_out_are_pictures_of_the_documentation(
+def test_a_picture_of_a_waterfall_is_small_and_shows_waits_and_attempts(
     browser, traces_url, exports, opened, tmp_path, monkeypatch
 ):
     """Small, of a known width, the same each time, and with everything that they are there to show."""
@@ -363,7 +347,7 @@ def test_the_waterfalls_of_a_retried_task_and_of_a_fan_out_are_pictures_of_the_d
             told = Exports(exports.send, seed=name)
             root = tell(told)
             told.export()
-            file = picture_file(name, tmp_path)
+            file = tmp_path / f"{name}.png"
 
             take_picture(browser, traces_url, trace_id(root), file)
 
@@ -382,7 +366,3 @@ def test_the_waterfalls_of_a_retried_task_and_of_a_fan_out_are_pictures_of_the_d
         monkeypatch.undo()
         time.tzset()
 
-
-def png_size(file):
-    """Width and height, from the header."""
-    return struct.unpack(">II", file.read_bytes()[16:24])

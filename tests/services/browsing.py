@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import socket
+import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import uvicorn
+
+from taskmesh_local.spans import Spans
+from taskmesh_local.traces import application
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -27,7 +34,7 @@ FLAGS = (
     # A container's /dev/shm is small.
     "--disable-dev-shm-usage",
 )
-CI_VARIABLE = "TASKMESH_CI"
+CI_VARIABLE = "CI"
 PICTURES_VARIABLE = "TASKMESH_PICTURES"
 IMAGES = Path(__file__).parents[2] / "docs/images"
 WIDTH = 1280
@@ -54,6 +61,21 @@ def chromium() -> Iterator[Browser]:
             browser.close()
 
 
+@contextmanager
+def trace_page(file: Path) -> Iterator[str]:
+    """The real trace page with its spans in `file`, on a free port; connections wait in the socket's queue until it serves."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        app = application(Spans(file), lambda: "http://gateway.test")
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(10)
+
+
 def take_picture(browser: Browser, traces_url: str, trace_id: str, file: Path) -> None:
     """Write a PNG of a trace from its title to the end of its waterfall, 1,280 points wide and in light colours.
 
@@ -73,6 +95,12 @@ def take_picture(browser: Browser, traces_url: str, trace_id: str, file: Path) -
         page.screenshot(path=file, full_page=True, clip=clip, animations="disabled", caret="hide")
     finally:
         context.close()
+
+
+def png_size(file: Path) -> tuple[int, int]:
+    """Width and height, from the header."""
+    width, height = struct.unpack(">II", file.read_bytes()[16:24])
+    return width, height
 
 
 def picture_file(name: str, otherwise: Path) -> Path:
