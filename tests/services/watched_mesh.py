@@ -1,7 +1,7 @@
 """A real local mesh with a real Prometheus that scrapes it and has its rules, some twenty times as fast as in operation.
 
-Nothing of the rules is rewritten but numbers: each length of time in them is divided, and each threshold that has to
-follow is named in `THRESHOLDS`.
+Nothing of the rules is rewritten but numbers: each window is divided, each `for` is two seconds, and each threshold that
+has to follow is named in `THRESHOLDS`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ SERVICE_NAMES = {"gateway": "gateway", "billing": "billing-worker", "email": "em
 
 
 def faster(text: str) -> str:
-    """Rules with every window divided, to three scrapes at least, which a rate needs; an alert is pending for 2 s."""
+    """Rules with every window divided, though not below the three scrapes that a rate needs, and every `for` short."""
 
     def shorter(found: re.Match[str]) -> str:
         seconds = int(found[0][:-1]) * SECONDS[found[0][-1]] / FASTER
