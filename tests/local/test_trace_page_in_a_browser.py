@@ -365,4 +365,3 @@ def test_a_picture_of_a_waterfall_is_small_and_shows_waits_and_attempts(
     finally:
         monkeypatch.undo()
         time.tzset()
-

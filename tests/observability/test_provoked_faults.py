@@ -1,6 +1,6 @@
 """Each alert against its fault, in a real mesh under a real Prometheus: it fires while the fault lasts, and is over after it.
 
-Run by `make faults-alerts`; takes some ten minutes. docs/runbook.md says of each alert what was tried here.
+Run by `make faults-alerts`; takes ten minutes to a quarter of an hour. docs/runbook.md says of each alert what was tried here.
 """
 
 from __future__ import annotations
