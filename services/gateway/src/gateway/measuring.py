@@ -54,7 +54,8 @@ def count_cancelled(task: Row[Any]) -> None:
     """Count a task that was taken back before it left, and so was ended by the gateway itself."""
     of_task = {"type": task.type, "service": task.service, "state": TaskState.CANCELLED.value}
     catalogue.TASK_TRANSITIONS.add(1, NO_TRACE, **of_task)
-    catalogue.TASK_DURATION.record((task.finished_at - task.created_at).total_seconds(), NO_TRACE, **of_task)
+    if task.queued_at is not None:
+        catalogue.TASK_DURATION.record((task.finished_at - task.queued_at).total_seconds(), NO_TRACE, **of_task)
 
 
 def _time(step: Step) -> None:

@@ -130,7 +130,9 @@ class Step:
     """An event that was news, and the task as it was before.
 
     Attributes:
-        type, service, created_at: The task's, as the ledger has them.
+        type, service: The task's, as the ledger has them.
+        wanted_at: From when on its caller waits for it: its acceptance, or the time that was asked for. None while that
+            has not come.
         due_at: From when on it could have been started.
         before: The state that it was in.
         is_unstarted: No start of it was known.
@@ -139,7 +141,7 @@ class Step:
     event: LifecycleEvent
     type: str
     service: str
-    created_at: datetime
+    wanted_at: datetime | None
     due_at: datetime
     before: TaskState
     is_unstarted: bool
@@ -151,7 +153,7 @@ class Step:
             event=event,
             type=task.type,
             service=task.service,
-            created_at=task.created_at,
+            wanted_at=task.queued_at or (None if task.state is TaskState.SCHEDULED else task.created_at),
             due_at=task.due_at or task.created_at,
             before=task.state,
             is_unstarted=task.started_at is None,
@@ -184,8 +186,10 @@ class Step:
 
     @property
     def total_seconds(self) -> float | None:
-        """From the task's acceptance to its end; None for a step that is not its end."""
-        return (self.event.at - self.created_at).total_seconds() if self.event.state.terminal else None
+        """From when the task was wanted to its end; None for a step that is not its end, or comes before that."""
+        if self.wanted_at is None or not self.event.state.terminal:
+            return None
+        return (self.event.at - self.wanted_at).total_seconds()
 
 
 def tells_of_loss(event: LifecycleEvent) -> bool:

@@ -34,7 +34,7 @@ TASK_TRANSITIONS = Counter(
     CODE,
 )
 TASK_DURATION = Histogram(
-    "taskmesh.task.duration", "s", "From the acceptance of a task to its end.", TYPE, SERVICE, STATE
+    "taskmesh.task.duration", "s", "From when a task was wanted to its end.", TYPE, SERVICE, STATE
 )
 TASK_WAIT_DURATION = Histogram(
     "taskmesh.task.wait.duration", "s", "From when a task was due to its first start.", TYPE, SERVICE
