@@ -195,8 +195,8 @@ def test_what_the_audit_names_is_found(world, change):
 
 @pytest.fixture
 def traced(world):
-    """Three tasks of a kind: each has a request, a publication and a run, all in its own trace."""
-    tasks = [task(created_at=MOMENT, finished_at=MOMENT + timedelta(seconds=2)) for _ in range(3)]
+    """Twenty tasks of a kind: each has a request, a publication and a run, all in its own trace."""
+    tasks = [task(created_at=MOMENT, finished_at=MOMENT + timedelta(seconds=2)) for _ in range(20)]
     spans = [span for each in tasks for span in spans_of(each)]
     return SimpleNamespace(tasks=tasks, spans=spans, killed=[], evidence=world.evidence)
 

@@ -136,18 +136,25 @@ def listener_task_id(event_id: UUID, service: str) -> UUID:
     return uuid5(event_id, service)
 
 
+def named_type(headers: Mapping[str, Any]) -> str | None:
+    """The type that headers name; None if what they name cannot be one, and might be anything."""
+    name = headers.get("task")
+    return name if isinstance(name, str) and _is_type(name) else None
+
+
 def log_facts(headers: Mapping[str, Any] | None) -> dict[str, Any]:
     """The facts of a log line about a message's task, as far as its headers can be trusted to name one."""
     headers = headers if isinstance(headers, Mapping) else {}
-    type_name, retries, traceparent = headers.get("task"), headers.get("retries"), headers.get("traceparent")
+    task_id = None
     with suppress(MalformedMessage):
-        return logs.of_task(
-            _uuid(headers, "id"),
-            type_name if isinstance(type_name, str) and _is_type(type_name) else None,
-            retries + 1 if isinstance(retries, int) else None,
-            traceparent=traceparent if isinstance(traceparent, str) else None,
-        )
-    return {}
+        task_id = _uuid(headers, "id")
+    retries, traceparent = headers.get("retries"), headers.get("traceparent")
+    return logs.of_task(
+        task_id,
+        named_type(headers),
+        retries + 1 if isinstance(retries, int) else None,
+        traceparent=traceparent if isinstance(traceparent, str) else None,
+    )
 
 
 def encode(message: TaskMessage) -> tuple[dict[str, Any], dict[str, Any], bytes]:

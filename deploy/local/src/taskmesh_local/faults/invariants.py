@@ -358,7 +358,7 @@ def traces(evidence: Evidence) -> Finding:
     found = evidence.traces
     if found is None:
         return Finding(name, "nobody collects spans", ())
-    lost, orphaned = tell_apart(found.orphans(), evidence.killed)
+    lost, orphaned = tell_apart(found.orphans(evidence.tasks), evidence.killed)
     missing, bereft = tell_apart(found.gaps(evidence.tasks), evidence.killed)
     victims = Counter(str(victim) for explanation in (orphaned, bereft) for it in explanation.values() for victim in it)
     return Finding(

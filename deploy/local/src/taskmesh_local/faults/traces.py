@@ -17,7 +17,10 @@ DELAY_SECONDS = 0.5
 SLACK_SECONDS = 5.0
 """Beyond that: for a batch on its way, on a machine that is busy with faults."""
 
-MOST = 0.5
+LONGEST_PARENT_SECONDS = 10.0
+"""What submits a task ends so long after the task was written, at the latest."""
+
+MOST = 0.9
 """The part of the tasks of a type, with the same end, that have a span which then all of them must have."""
 
 
@@ -100,14 +103,22 @@ class Traces:
         """How many traces there are."""
         return len({trace_id for trace_id, _ in self.spans})
 
-    def orphans(self) -> list[tuple[str, Gap]]:
-        """Parents that are missing, by their trace."""
+    def orphans(self, tasks: Mapping[UUID, Any]) -> list[tuple[str, Gap]]:
+        """Parents that are missing, by their trace.
+
+        Args:
+            tasks: Of the ledger.
+        """
         parents = self._roles_of_parents()
         found = []
         for span in self.spans.values():
             if span.parent_id and (span.trace_id, span.parent_id) not in self.spans:
-                gap = Gap(f"the parent of {span.name}", parents[span.name], span.start / 1e9, span.end / 1e9)
-                found.append((span.trace_id, gap))
+                begin = end = span.start / 1e9
+                if span.task_id and (task := tasks.get(UUID(span.task_id))):
+                    # It may run an hour after it was asked for, and what has asked ended then.
+                    begin = task.created_at.timestamp()
+                    end = min(end, begin + LONGEST_PARENT_SECONDS)
+                found.append((span.trace_id, Gap(f"the parent of {span.name}", parents[span.name], begin, end)))
         return found
 
     def gaps(self, tasks: Mapping[UUID, Any]) -> list[tuple[UUID, Gap]]:

@@ -79,8 +79,8 @@ class DeadLetter:
 
     @property
     def type(self) -> str | None:
-        """The task's type, as far as it says one."""
-        return self.task.type if self.task else plain(self.headers.get("task"))
+        """The task's type, if it names one: what cannot be the name of a type is shown with the headers alone."""
+        return self.task.type if self.task else celery_protocol.named_type(self.headers)
 
     @property
     def kind(self) -> TaskKind:
