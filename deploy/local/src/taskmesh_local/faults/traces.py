@@ -17,6 +17,7 @@ DELAY_SECONDS = 0.5
 SLACK_SECONDS = 5.0
 """Beyond that: for a batch on its way, on a machine that is busy with faults."""
 
+SUBMITTER = "gateway-api"
 LONGEST_PARENT_SECONDS = 10.0
 """What submits a task ends so long after the task was written, at the latest."""
 
@@ -145,10 +146,13 @@ class Traces:
         return found
 
     def _names_by_task(self) -> dict[str, set[str]]:
-        """The names of each task's spans: those that name it, and what is below them."""
+        """The names of each task's spans: those that name it, and what is below them.
+
+        Requests are left out: one may be about many tasks, and that it is there is known by its children.
+        """
         names: dict[str, set[str]] = defaultdict(set)
         for span in self.spans.values():
-            if (task_id := self._task_of(span)) is not None:
+            if span.role != SUBMITTER and (task_id := self._task_of(span)) is not None:
                 names[task_id].add(span.name)
         return names
 
