@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -196,6 +197,28 @@ def test_what_was_dropped_is_told_as_soon_as_there_is_room(kept):
     channel.stop()
 
     assert kept.sum("test.counted") + kept.sum("taskmesh.telemetry.dropped") == 20_001
+
+
+def test_a_process_ends_in_time_and_in_order_while_the_collector_is_away():
+    """Nobody listens at the port; the page's reader is there, too, and is not asked too late."""
+    program = """
+import time
+from taskmesh import telemetry
+from taskmesh.metrics import catalogue, provider
+from taskmesh.settings import ServiceSettings
+settings = ServiceSettings(database_url="postgresql://x", amqp_url="amqp://x", metrics_port=0)
+provider.start(telemetry.resource("test", "worker"), "1", settings)
+catalogue.TASKS_ACCEPTED.add(type="a.b.c", service="a")
+began = time.monotonic()
+provider.stop()
+print(time.monotonic() - began < provider.STOP_SECONDS + 10)
+"""
+    with socket.create_server(("127.0.0.1", 0)) as once:
+        port = once.getsockname()[1]
+    away = os.environ | {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}"}
+    done = subprocess.run([sys.executable, "-c", program], env=away, capture_output=True, text=True, check=True)
+
+    assert done.stdout.split() == ["True"]
 
 
 def test_without_exporters_nothing_is_recorded_and_no_thread_runs():

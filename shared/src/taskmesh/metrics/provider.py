@@ -34,7 +34,7 @@ ENDPOINT_VARIABLE: Final = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
 BUCKETS_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
 
-STOP_SECONDS: Final = 5
+STOP_SECONDS: Final = 3
 """How long a process that ends waits for its last export."""
 
 HTTP_ATTRIBUTES: Final = frozenset(
@@ -148,8 +148,6 @@ def start(resource: Resource, release: str, settings: ServiceSettings) -> None:
     """
     global _provider, _page  # noqa: PLW0603 - OpenTelemetry's own provider is a process-wide global too
     readers: list[MetricReader] = []
-    if os.environ.get(ENDPOINT_VARIABLE):
-        readers.append(_Reader(OTLPMetricExporter()))
     if settings.metrics_port is not None:
         try:
             _page = _Page(settings.metrics_host, settings.metrics_port)
@@ -158,6 +156,9 @@ def start(resource: Resource, release: str, settings: ServiceSettings) -> None:
             logger.error("metrics page not opened", extra=facts)  # noqa: TRY400 - the reason says all
         else:
             readers.append(_page.reader)
+    if os.environ.get(ENDPOINT_VARIABLE):
+        # Behind the page, which must not wait at the end for a collector that is away.
+        readers.append(_Reader(OTLPMetricExporter()))
     if not readers:
         return
     _provider = MeterProvider(readers, resource=resource, views=_VIEWS, shutdown_on_exit=False)
@@ -179,7 +180,10 @@ def stop() -> None:
     if _page is not None:
         _page.close()
     if _provider is not None:
-        _provider.shutdown(timeout_millis=STOP_SECONDS * 1000)
+        try:
+            _provider.shutdown(timeout_millis=STOP_SECONDS * 1000)
+        except Exception as error:  # noqa: BLE001 - OpenTelemetry raises a bare Exception for a collector that is away
+            logger.warning("last metrics not exported", extra={"exception": type(error).__qualname__})
     _provider = _page = None
 
 
