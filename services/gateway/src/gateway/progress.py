@@ -162,8 +162,8 @@ class Step:
     @property
     def code(self) -> str | None:
         """Why it failed, or is to be tried again."""
-        told = self.event.state in {TaskState.FAILED, TaskState.RETRYING} and self.event.failure is not None
-        return self.event.failure.code if told and self.event.failure is not None else None
+        failure = self.event.failure if self.event.state in {TaskState.FAILED, TaskState.RETRYING} else None
+        return failure.code if failure is not None else None
 
     @property
     def wait_seconds(self) -> float | None:
