@@ -1,0 +1,66 @@
+"""What is to be called after the commit is called after the commit, and only then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import text
+
+from taskmesh.database import migrate, sync_engine
+from taskmesh.inbox import InboxState
+from taskmesh.worker.unit import Key, TaskSession, Unit
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator:
+    migrate(database_url, scripts=None)
+    engine = sync_engine(database_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def unit(engine) -> Iterator[Unit]:
+    unit = Unit(Key(uuid4(), 0), lambda: TaskSession(engine))
+    unit.open()
+    yield unit
+    unit.drop()
+
+
+def committed(engine) -> int:
+    with engine.connect() as connection:
+        return connection.execute(text("select count(*) from inbox")).scalar_one()
+
+
+def test_it_is_called_once_the_effect_is_committed(engine, unit):
+    seen: list[int] = []
+    unit.after_commit.append(lambda: seen.append(committed(engine)))
+
+    unit.settle(InboxState.SUCCEEDED, [])
+
+    assert seen == [1]
+
+
+def test_it_is_not_called_for_an_effect_that_is_undone(unit):
+    seen: list[str] = []
+    unit.after_commit.append(lambda: seen.append("called"))
+
+    unit.settle_without_effect(InboxState.FAILED, [])
+
+    assert seen == []
+
+
+def test_what_it_raises_is_logged_and_undoes_nothing(engine, unit, caplog):
+    seen: list[str] = []
+
+    def fail() -> None:
+        raise RuntimeError("cannot count")
+
+    unit.after_commit += [fail, lambda: seen.append("called")]
+
+    unit.settle(InboxState.SUCCEEDED, [])
+
+    assert (seen, committed(engine)) == (["called"], 1)
+    assert [record.message for record in caplog.records] == ["hook failed"]
