@@ -7,6 +7,7 @@ See https://www.rabbitmq.com/docs/http-api-reference.
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -39,7 +40,11 @@ class Management:
         address = parts.netloc.rpartition("@")[2]
         base_url = urlunsplit((parts.scheme, address, parts.path.rstrip("/") + "/api", "", ""))
         # A proxy meant for the outside world must not see the broker's credentials.
-        self._http = httpx.Client(base_url=base_url, auth=credentials, timeout=timeout_seconds, trust_env=False)
+        # Without the environment httpx would know no authority of one's own; OpenSSL reads SSL_CERT_FILE by itself.
+        verify = ssl.create_default_context()
+        self._http = httpx.Client(
+            base_url=base_url, auth=credentials, timeout=timeout_seconds, trust_env=False, verify=verify
+        )
 
     def __enter__(self) -> Self:
         return self

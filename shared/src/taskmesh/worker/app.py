@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
 from celery import Celery
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.entity import Exchange, Queue
 from kombu.serialization import dumps
-from pydantic import TypeAdapter
+from pydantic import SecretStr, TypeAdapter
 from pydantic.errors import PydanticUserError
 from sqlalchemy import Connection, Engine, text
 
@@ -395,6 +397,7 @@ def configuration(service: str, settings: WorkerSettings, *, listens: bool) -> d
     ]
     return {
         "broker_url": settings.amqp_url.get_secret_value(),
+        "broker_use_ssl": _tls(settings.amqp_url),
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
         # Heals a queue that is missing for a moment; the consumer time-out that it would loop on is far away by policy.
@@ -429,6 +432,14 @@ def configuration(service: str, settings: WorkerSettings, *, listens: bool) -> d
         "enable_utc": True,
         "timezone": "UTC",
     }
+
+
+def _tls(amqp_url: SecretStr) -> dict[str, Any] | None:
+    """For `amqps://`: the broker's certificate has to name its host, which the driver does not ask for by itself."""
+    parts = urlsplit(amqp_url.get_secret_value())
+    if parts.scheme != "amqps":
+        return None
+    return {"cert_reqs": ssl.CERT_REQUIRED, "server_hostname": parts.hostname}
 
 
 def kind_of(task: MeshTask) -> TaskKind:
