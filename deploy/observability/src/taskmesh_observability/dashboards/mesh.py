@@ -112,7 +112,7 @@ _WORK: Final = Row(
             stacked=True,
         ),
         graph(
-            "From acceptance to the end",
+            "From when it is wanted to the end",
             SECONDS,
             "All services together. The points are single tasks and lead to their traces. Rising while *run time* does "
             "not: tasks wait, see the next row.",

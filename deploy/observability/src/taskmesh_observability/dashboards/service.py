@@ -71,7 +71,7 @@ _NOW: Final = Row(
         number(
             "Target",
             SECONDS,
-            "From acceptance to the end; changed in `prometheus/rules/objectives.yml`.",
+            "From when it is wanted to the end; changed in `prometheus/rules/objectives.yml`.",
             Query(f"max(taskmesh:objective:target_seconds{{{_OF}}})"),
         ),
     ],
@@ -87,7 +87,7 @@ _TASKS: Final = Row(
             Query(rate("taskmesh_task_transitions_total", "state", _OF), "{{state}}"),
         ),
         graph(
-            "From acceptance to the end, 95 %",
+            "From when it is wanted to the end, 95 %",
             SECONDS,
             "By type. A click leads to the type.",
             Query(quantile(0.95, "taskmesh_task_duration_seconds", "type", _OF), "{{type}}", exemplars=True),

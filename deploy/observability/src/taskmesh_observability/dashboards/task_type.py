@@ -78,7 +78,7 @@ _TIME: Final = Row(
     "How long it takes",
     [
         graph(
-            "From acceptance to the end",
+            "From when it is wanted to the end",
             SECONDS,
             "Waiting, running and pauses between attempts. The points are single tasks and lead to their traces.",
             *quantiles("taskmesh_task_duration_seconds", _OF),
