@@ -73,6 +73,7 @@ check: $(INSTALLED) ## Lint, formatting, types, and who may import whom
 
 dashboards: $(INSTALLED) ## Write the Grafana dashboards from their description in deploy/observability
 	@PYTHONPATH=deploy/observability/src $(PYTHON) -m taskmesh_observability
+	@$(PYTHON) deploy/k8s/copy-observability
 
 # Other people's checkers of manifests, in an environment of their own.
 MANIFEST_TOOLS := .taskmesh/manifest-tools
