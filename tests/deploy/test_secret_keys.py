@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,8 +77,8 @@ def test_secret_keys_are_all_in_the_readme(render):
         (name, key)
         for row in rows
         for names, keys in [row.split("|")[1:3]]
-        for name in names.replace("`", "").replace(",", " ").split()
-        for key in keys.replace("`", "").replace(",", " ").split()
+        for name in re.findall("`([^`]+)`", names)
+        for key in re.findall("`([^`]+)`", keys)
     }
 
     assert read_keys(render("production")) - described == set()
