@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -10,10 +11,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.trace import Link, SpanContext
 
 from running_orders import orders_service
 from taskmesh import exporting
@@ -58,10 +61,11 @@ class Sender:
         self._provider = TracerProvider(shutdown_on_exit=False)
         self._provider.add_span_processor(self.sender)
 
-    def end_spans(self, *names: str) -> None:
+    def end_spans(self, *names: str, links: int = 0) -> None:
         tracer = self._provider.get_tracer("test")
+        linked = [Link(SpanContext(number, number, is_remote=True)) for number in range(1, links + 1)]
         for name in names:
-            tracer.start_span(name).end()
+            tracer.start_span(name, links=linked).end()
 
 
 @pytest.fixture
@@ -212,6 +216,46 @@ def test_the_queue_is_bounded_and_the_oldest_spans_give_way(sender, otlp_sink, m
     small.sender.shutdown()
     assert sum(small.dropped) == 90
     assert set(names(otlp_sink)) == {"first", *(str(number) for number in range(90, 100))}
+
+
+def test_spans_with_many_links_leave_less_room(sender, otlp_sink, monkeypatch):
+    """A batch of a hundred messages takes as much memory as twenty other spans."""
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "30")
+    small = Sender()
+    otlp_sink.gate.clear()
+    small.end_spans("first")
+    eventually(lambda: otlp_sink.requests)
+
+    small.end_spans("one", "two", links=100)
+    otlp_sink.gate.set()
+
+    eventually(lambda: "two" in names(otlp_sink))
+    small.sender.shutdown()
+    assert sum(small.dropped) == 1
+    assert "one" not in names(otlp_sink)
+
+
+def test_a_failed_attempt_keeps_no_request_in_memory(impatient, monkeypatch):
+    """Errors and frames refer to each other; what hung on them would stay until a full collection of garbage."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    sender = Sender()
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        sender.end_spans(*["span"] * 500)
+        sender.sender.force_flush()
+        gc.collect()
+        frames = [each for each in gc.garbage if isinstance(each, FrameType)]
+        held = [value for frame in frames for value in frame.f_locals.values() if isinstance(value, bytes)]
+    finally:
+        gc.set_debug(0)
+        gc.enable()
+        gc.garbage.clear()
+        sender.sender.shutdown()
+
+    assert sum(sender.dropped) == 500
+    assert not [value for value in held if len(value) > 10_000]
 
 
 def test_a_slow_collector_gets_everything_that_the_queue_holds(sender, otlp_sink, caplog):

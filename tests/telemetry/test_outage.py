@@ -27,7 +27,7 @@ from taskmesh.testing.otlp import OtlpSink
 from taskmesh.testing.waiting import eventually
 
 OUTAGE_SECONDS = float(os.environ.get("TASKMESH_OUTAGE_SECONDS", "15"))
-WARM_UP_SECONDS = max(5.0, OUTAGE_SECONDS / 10)
+WARM_UP_SECONDS = max(5.0, OUTAGE_SECONDS / 12)
 TASKS_PER_SECOND = 30
 CALLERS = 3
 GROWTH_MAX_BYTES = 20 * 2**20

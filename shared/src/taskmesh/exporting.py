@@ -15,6 +15,7 @@ import logging
 import os
 import threading
 import time
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -41,9 +42,11 @@ FLUSH_SECONDS = 5.0
 # An outage of the collector concerns every process of the mesh.
 REPEAT_SECONDS = 60.0
 
-# As OpenTelemetry's own processor has them. A span takes 3.3 kB: a full queue and a batch on its way take some 8 MB.
+# As OpenTelemetry's own processor has them. A span takes 3 to 4 kB: a full queue and a batch on its way take 10 MB.
 QUEUE_SIZE = 2048
 BATCH_SIZE = 512
+# A link takes 0.6 kB, and a batch of messages may have 128 of them.
+LINKS_AS_A_SPAN = 6
 DELAY_MILLISECONDS = 5000
 
 # What a collector answers when the same request may be taken later:
@@ -85,15 +88,30 @@ class Line(requests.Session):
 
     outcome: int | str | None = None
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._raised: list[requests.RequestException] = []
+
     def request(self, *args: Any, **kwargs: Any) -> requests.Response:
         """Send a request as any session does."""
         try:
             answer = super().request(*args, **kwargs)
         except requests.RequestException as error:
-            self.outcome = type(error).__name__
-            raise
-        self.outcome = answer.status_code
-        return answer
+            failure = type(error)
+            _clear_frames(error)
+        else:
+            self.outcome = answer.status_code
+            return answer
+        self.outcome = failure.__name__
+        # A new one, whose frames are but those of its way out of here.
+        self._raised.append(failure(self.outcome))
+        raise self._raised[-1]
+
+    def forget(self) -> None:
+        """Let go of the frames of all errors so far; called when nobody handles one any more."""
+        for error in self._raised:
+            error.__traceback__ = None
+        self._raised.clear()
 
     def renew(self) -> None:
         """Forget open connections: in a process that was forked off they are the parent's."""
@@ -106,6 +124,18 @@ class Line(requests.Session):
         return isinstance(self.outcome, str) or self.outcome in _PASSING
 
 
+def _clear_frames(error: BaseException) -> None:
+    """Let go of what the frames hold in which an error, and those that led to it, came about."""
+    waiting: list[object] = [error]
+    seen: set[int] = set()
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, BaseException) and id(each) not in seen:
+            seen.add(id(each))
+            traceback.clear_frames(each.__traceback__)
+            waiting += [each.__context__, each.__cause__, getattr(each, "reason", None), *each.args]
+
+
 class SpanSender(SpanProcessor):
     """Queues spans that ended, and sends them in batches.
 
@@ -116,7 +146,7 @@ class SpanSender(SpanProcessor):
         exporter: Its time-out bounds an attempt to send a batch.
         line: Tells how the exporter's last request ended.
         on_dropped: As above.
-        queue_size: Spans that wait at most; beyond that the oldest are dropped.
+        queue_size: Spans that wait at most, `LINKS_AS_A_SPAN` links counted as one; beyond that the oldest are dropped.
         batch_size: Spans in a request at most; so many are sent at once.
         delay_seconds: How long fewer wait, and how long the sender waits after a failure.
     """
@@ -148,6 +178,7 @@ class SpanSender(SpanProcessor):
     def _begin(self) -> None:
         self._changed = threading.Condition(threading.Lock())
         self._queue: deque[ReadableSpan] = deque()
+        self._weight = 0
         self._in_flight: list[ReadableSpan] = []
         self._thread: threading.Thread | None = None
         self._failing = self._flushing = self._ending = False
@@ -166,6 +197,7 @@ class SpanSender(SpanProcessor):
                 self._uncounted += 1
                 return
             self._queue.append(span)
+            self._weight += _weight(span)
             self._drop_oldest()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="span-sender", daemon=True)
@@ -210,7 +242,7 @@ class SpanSender(SpanProcessor):
             with self._changed:
                 self._changed.wait_for(self._is_urgent, self._delay_seconds)
                 count = min(len(self._queue), self._batch_size)
-                self._in_flight = [self._queue.popleft() for _ in range(count)]
+                self._in_flight = [self._take() for _ in range(count)]
             self._send()
             dropped, waiting = self._count()
             self._outage.tell(dropped=dropped, waiting=waiting, failing=self._failing, reason=self._line.outcome)
@@ -231,6 +263,7 @@ class SpanSender(SpanProcessor):
         with self._changed:
             if failed and self._line.is_away:
                 self._queue.extendleft(reversed(self._in_flight))
+                self._weight += sum(map(_weight, self._in_flight))
                 self._drop_oldest()
             elif failed:
                 self._uncounted += len(self._in_flight)
@@ -245,10 +278,19 @@ class SpanSender(SpanProcessor):
             return self._exporter.export(batch) is SpanExportResult.SUCCESS
         except Exception:  # noqa: BLE001 - an escape would end the thread, and a span that cannot be encoded is lost
             return False
+        finally:
+            # Errors and frames refer to each other in rings, each with a request's body, half a megabyte, in it. The
+            # collector of garbage may not come by for a quarter of an hour.
+            self._line.forget()
+
+    def _take(self) -> ReadableSpan:
+        span = self._queue.popleft()
+        self._weight -= _weight(span)
+        return span
 
     def _drop_oldest(self) -> None:
-        while len(self._queue) > self._queue_size:
-            self._queue.popleft()
+        while self._weight > self._queue_size and len(self._queue) > 1:
+            self._take()
             self._uncounted += 1
 
     def _count(self) -> tuple[int, int]:
@@ -259,6 +301,10 @@ class SpanSender(SpanProcessor):
         if dropped:
             self._on_dropped(dropped)
         return dropped, waiting
+
+
+def _weight(span: ReadableSpan) -> int:
+    return 1 + len(span.links) // LINKS_AS_A_SPAN
 
 
 class Outage:
