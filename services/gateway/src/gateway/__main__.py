@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import sys
@@ -128,6 +129,10 @@ def serve(settings: ApiSettings) -> None:
     # Bound here and not by uvicorn, so that the readiness file appears when connections are taken.
     listener = config.bind_socket()
     host, port = listener.getsockname()[:2]
+    # Spans live until they are exported, which has Python look through all objects again and again: those of the
+    # program itself, several hundred thousand, need not be among them.
+    gc.collect()
+    gc.freeze()
     logger.info("serving", extra={"url": f"http://{host}:{port}"})
     try:
         Server(config).run(sockets=[listener])
