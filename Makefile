@@ -9,6 +9,8 @@ MINUTES ?= 60
 FAULTS = $(LOCAL) faults --seed $(SEED) --report .taskmesh-faults/seed-$(SEED).json
 # Made by deploy/local/bootstrap once the workspace is installed; older than the lock means: install again.
 INSTALLED := .venv/.installed
+# Processes that run tests; many of these wait, so there may be more than cores.
+JOBS ?= 3
 # `make test RABBITMQ=4`, `make up RABBITMQ=4`: see docs/rabbitmq.md.
 export TASKMESH_RABBITMQ := $(or $(RABBITMQ),$(TASKMESH_RABBITMQ))
 
@@ -42,7 +44,7 @@ traces: $(INSTALLED) ## Send 1,000 requests through the mesh, and check that eac
 	@$(LOCAL) thousand $(args)
 
 test: $(INSTALLED) ## Run all tests but the fault campaign, with real servers they start themselves; RABBITMQ=4 takes that release
-	@$(PYTHON) -m pytest -n 2 -m "not faults" $(args)
+	@$(PYTHON) -m pytest -n $(JOBS) --dist loadfile -m "not faults" $(args)
 
 faults: $(INSTALLED) ## Kill and cut off parts of a mesh under load for 4 minutes, and check it: make faults SEED=2
 	@$(FAULTS) --minutes 4 $(args)

@@ -24,13 +24,12 @@ from taskmesh_local.folders import FOLDER_VARIABLE, Folders
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the flows in one worker of pytest-xdist, so that they share one mesh."""
+    """Give the flows time for a whole mesh."""
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.flows)
             item.add_marker(pytest.mark.timeout(300))
-            item.add_marker(pytest.mark.xdist_group("mesh"))
 
 
 class Mesh:

@@ -30,7 +30,7 @@ from taskmesh.testing.otlp import OtlpSink, Point
 from taskmesh.testing.smtp import SmtpSink
 from taskmesh.testing.waiting import eventually
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("metrics")]
+pytestmark = pytest.mark.timeout(600)
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "telemetry.md"
 SERVICE = Path(__file__).parents[1] / "services" / "counting_orders.py"
