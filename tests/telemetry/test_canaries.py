@@ -234,15 +234,18 @@ class Story:
             self._fail(gateway | nowhere, "-m", "gateway", "scheduler"),
             self._fail(gateway | wrong, "-m", "gateway", "relay"),
         ]
-        for process, log in failing:
-            eventually(
-                lambda process=process, log=log: process.poll() is not None or TROUBLE.search(log.read_text()),
-                seconds=180,
-                explain=log.read_text,
-            )
-            process.terminate()
-        for process, _ in failing:
-            process.wait(60)
+        try:
+            for process, log in failing:
+                eventually(
+                    lambda process=process, log=log: process.poll() is not None or TROUBLE.search(log.read_text()),
+                    seconds=180,
+                    explain=log.read_text,
+                )
+        finally:
+            for process, _ in failing:
+                process.terminate()
+            for process, _ in failing:
+                process.wait(60)
 
     def _fail(self, environment: dict[str, str], *words: str) -> tuple[subprocess.Popen[bytes], Path]:
         log = self._mesh.orders.health / f"failing-{uuid4().hex}.log"
