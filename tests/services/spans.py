@@ -9,13 +9,25 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 
 from taskmesh import logs, telemetry
+from taskmesh.metrics import catalogue, instruments
+from taskmesh.metrics.instruments import Instrument
+from taskmesh.settings import ServiceSettings
 
 
 def say(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
+
+
+class Printed:
+    """In place of an exporter of metrics."""
+
+    def measure(self, instrument: Instrument, value: float, attributes: Mapping[str, str], origin: object) -> None:
+        if instrument is catalogue.TELEMETRY_DROPPED and attributes["signal"] == "traces":
+            say(f"dropped {value:g}")
 
 
 def make(name: str) -> None:
@@ -25,8 +37,8 @@ def make(name: str) -> None:
 
 def main() -> None:
     logs.configure("json", "INFO", "spans", "test")
-    telemetry.start("spans", "test")
-    telemetry.count_dropped_spans(lambda count: say(f"dropped {count}"))
+    telemetry.start("spans", "test", ServiceSettings(database_url="postgresql://", amqp_url="amqp://"))
+    instruments.send_to(Printed())
     for line in sys.stdin:
         match line.split():
             case ["make", count]:

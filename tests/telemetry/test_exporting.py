@@ -21,6 +21,7 @@ from opentelemetry.trace import Link, SpanContext
 from running_orders import orders_service
 from taskmesh import exporting
 from taskmesh.exporting import FLUSH_SECONDS, REPEAT_SECONDS, Outage
+from taskmesh.metrics.provider import STOP_SECONDS
 from taskmesh.testing.otlp import OtlpSink
 from taskmesh.testing.waiting import eventually
 
@@ -146,7 +147,7 @@ def test_the_end_of_a_process_waits_for_no_collector(collector):
         printed = process.end()
         seconds = time.monotonic() - began
 
-    assert seconds < FLUSH_SECONDS + 3
+    assert seconds < FLUSH_SECONDS + STOP_SECONDS + 5
     [line] = logged(printed, "spans lost at the end")
     assert line["dropped"] == 600
     assert sum(int(line.split()[1]) for line in printed if line.startswith("dropped")) == 600

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +23,7 @@ from opentelemetry.trace import Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from taskmesh import baggage, exporting
+from taskmesh.metrics import catalogue
 from taskmesh.metrics import provider as metrics
 from taskmesh.promised_spans import PromisedIds, PromisedSampling
 from taskmesh.settings import ServiceSettings
@@ -36,7 +37,6 @@ TRACE_CONTEXT = TraceContextTextMapPropagator()
 
 _provider: TracerProvider | None = None
 _tracer: Tracer | None = None
-_drop_listeners: list[Callable[[int], None]] = []
 
 
 def start(service: str, role: str, settings: ServiceSettings, *, with_metrics: bool = True) -> None:
@@ -82,14 +82,8 @@ def resource(service: str, role: str) -> Resource:
     )
 
 
-def count_dropped_spans(listener: Callable[[int], None]) -> None:
-    """Have every number of spans that are given up from now on told to `listener`, mostly by the exporting thread."""
-    _drop_listeners.append(listener)
-
-
 def _dropped(count: int) -> None:
-    for listener in _drop_listeners:
-        listener(count)
+    catalogue.TELEMETRY_DROPPED.add(count, signal="traces")
 
 
 @cache

@@ -142,6 +142,6 @@ BUILD_INFO = Gauge(
 TELEMETRY_DROPPED = Counter(
     "taskmesh.telemetry.dropped",
     "{item}",
-    "Spans, measurements and log lines that were not exported, because there was no room for them.",
-    Attribute("signal", values=["traces", "metrics", "logs"]),
+    "Spans and measurements that were not exported, because there was no room for them.",
+    Attribute("signal", values=["traces", "metrics"]),
 )

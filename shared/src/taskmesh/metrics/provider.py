@@ -170,7 +170,8 @@ def start(resource: Resource, release: str, settings: ServiceSettings) -> None:
     instruments.send_to(recorder)
     catalogue.BUILD_INFO.show([(1, {"version": release, "python_version": platform.python_version()})])
     # Nothing is lost yet: a counter that begins with its first loss has no increase to be seen.
-    catalogue.TELEMETRY_DROPPED.add(0, signal="metrics")
+    for signal in ("traces", "metrics"):
+        catalogue.TELEMETRY_DROPPED.add(0, signal=signal)
 
 
 def stop() -> None:
