@@ -355,7 +355,7 @@ def test_transitions_are_the_rows_of_the_timeline(mesh):
         (
             "taskmesh.task.duration",
             ("type", "state"),
-            "select type, state, count(*) from tasks where finished_at is not null group by 1, 2",
+            "select type, state, count(*) from tasks where finished_at is not null and (queued_at is not null or state <> 'cancelled') group by 1, 2",
         ),
         (
             "taskmesh.task.wait.duration",

@@ -131,8 +131,7 @@ class Step:
 
     Attributes:
         type, service: The task's, as the ledger has them.
-        wanted_at: From when on its caller waits for it: its acceptance, or the time that was asked for. None while that
-            has not come.
+        wanted_at: From when on its caller waits for it: its acceptance, or the time that was asked for.
         due_at: From when on it could have been started.
         before: The state that it was in.
         is_unstarted: No start of it was known.
@@ -141,7 +140,7 @@ class Step:
     event: LifecycleEvent
     type: str
     service: str
-    wanted_at: datetime | None
+    wanted_at: datetime
     due_at: datetime
     before: TaskState
     is_unstarted: bool
@@ -153,7 +152,7 @@ class Step:
             event=event,
             type=task.type,
             service=task.service,
-            wanted_at=task.queued_at or (None if task.state is TaskState.SCHEDULED else task.created_at),
+            wanted_at=task.queued_at or (task.due_at if task.state is TaskState.SCHEDULED else None) or task.created_at,
             due_at=task.due_at or task.created_at,
             before=task.state,
             is_unstarted=task.started_at is None,
@@ -187,7 +186,7 @@ class Step:
     @property
     def total_seconds(self) -> float | None:
         """From when the task was wanted to its end; None for a step that is not its end, or comes before that."""
-        if self.wanted_at is None or not self.event.state.terminal:
+        if not self.event.state.terminal or self.event.at < self.wanted_at:
             return None
         return (self.event.at - self.wanted_at).total_seconds()
 
