@@ -17,6 +17,6 @@ def without_limits(self: TaskPool, *arguments: Any, **options: Any) -> Any:
 
 
 if __name__ == "__main__":
-    probes.LATE_SECONDS = 0.5
+    probes.LATE_SECONDS = probes.DEAF_SECONDS = 0.5
     TaskPool.apply_async = without_limits
     main(app)

@@ -132,6 +132,21 @@ def test_a_worker_that_holds_a_task_beyond_its_limit_calls_itself_dead(orders):
     assert "a task runs for longer than its hard time limit" in (orders.health / "worker.log").read_text()
 
 
+def test_a_worker_that_stops_is_not_ready_and_not_dead(orders):
+    """It has cancelled its consumers by itself, and lets a task run on."""
+    orders.stop()
+    process = orders.spawn("worker", script=OVERLONG)
+    orders.wait_until_ready("worker")
+    task_id = orders.send("orders.order.place", name="long", mode="hang")
+    eventually(lambda: orders.state(task_id) == "waiting")
+
+    process.terminate()
+
+    eventually(lambda: not is_ready(orders))
+    process.wait(timeout=60)
+    assert "worker calls itself dead" not in (orders.health / "worker.log").read_text()
+
+
 def test_a_long_task_of_a_solo_pool_is_no_reason_to_restart_it(orders):
     """Its loop runs the task itself, and beats all the same."""
     orders.stop()

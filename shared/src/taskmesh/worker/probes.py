@@ -83,15 +83,16 @@ class Probes(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no ty
 
     def _look(self, consumer: Any) -> None:
         self._asked = False
-        is_consuming = consumes(consumer)
-        self._note_deafness(deaf=not is_consuming and bool(consumer.app.amqp.queues.consume_from))
-        fault = self._overdue() or self._deafness()
+        is_consuming, is_stopping = consumes(consumer), consumer.app.is_stopping
+        # A worker that stops has cancelled its consumers.
+        means_to = bool(consumer.app.amqp.queues.consume_from) and not is_stopping
+        fault = self._overdue() or self._deafness(deaf=means_to and not is_consuming)
         if fault is None:
             self._health.beat()
         elif fault != self._fault:
             logger.error("worker calls itself dead", extra={"reason": fault})
         self._fault = fault
-        if fault is None and not consumer.app.is_stopping and (is_consuming or consumer.mesh_control.is_paused):
+        if fault is None and not is_stopping and (is_consuming or consumer.mesh_control.is_paused):
             self._health.ready()
         else:
             self._health.unready()
@@ -99,30 +100,30 @@ class Probes(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no ty
     def _overdue(self) -> str | None:
         """Why a task is held for longer than it may be; None when none is."""
         now = time.monotonic()
-        held = tuple(state.reserved_requests)
-        self._held = {request: self._held.get(request, now) for request in held}
-        limits = [limit(request) for request in held]
-        # One that waits in this process waits for others to end.
-        turn = max((seconds for seconds in limits if seconds), default=0.0) if all(limits) else None
-        for request, seconds in zip(held, limits, strict=True):
-            if seconds is None or turn is None:
-                continue
-            if now - self._held[request] > turn + seconds + LATE_SECONDS:
+        limits = {request: limit(request) for request in tuple(state.reserved_requests)}
+        self._held = {request: self._held.get(request, now) for request in limits}
+        if any(seconds and runs_for(request) > seconds + LATE_SECONDS for request, seconds in limits.items()):
+            return "a task runs for longer than its hard time limit"
+        # One that waits in this process waits for another to end, which may have no limit.
+        longest = [seconds for seconds in limits.values() if seconds]
+        if len(longest) == len(limits) > 0:
+            held_for = now - min(self._held.values())
+            if held_for > 2 * max(longest) + LATE_SECONDS:
                 return "a task is held for longer than its time limit and that of one before it"
-            if request.time_start and time.time() - request.time_start > seconds + LATE_SECONDS:
-                return "a task runs for longer than its hard time limit"
         return None
 
-    def _note_deafness(self, *, deaf: bool) -> None:
-        if not deaf:
-            self._deaf_since = None
-        elif self._deaf_since is None:
-            self._deaf_since = time.monotonic()
-
-    def _deafness(self) -> str | None:
-        if self._deaf_since is None or time.monotonic() - self._deaf_since <= DEAF_SECONDS:
+    def _deafness(self, *, deaf: bool) -> str | None:
+        """Why the worker hears nothing; None while it does, or may do so again at once."""
+        now = time.monotonic()
+        self._deaf_since = (self._deaf_since or now) if deaf else None
+        if self._deaf_since is None or now - self._deaf_since <= DEAF_SECONDS:
             return None
         return "the broker has no consumer of this worker any more"
+
+
+def runs_for(request: Any) -> float:
+    """How many seconds a task has run; 0 while it waits."""
+    return time.time() - request.time_start if request.time_start else 0.0
 
 
 def consumes(consumer: Any) -> bool:
