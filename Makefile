@@ -14,7 +14,7 @@ JOBS ?= 3
 # `make test RABBITMQ=4`, `make up RABBITMQ=4`: see docs/rabbitmq.md.
 export TASKMESH_RABBITMQ := $(or $(RABBITMQ),$(TASKMESH_RABBITMQ))
 
-.PHONY: help install up down status logs demo traces test faults faults-long faults-planted faults-alerts bench-telemetry costs scaling dashboards k8s-tools k8s-check images check fmt
+.PHONY: help install up down status logs demo traces test faults faults-long faults-planted faults-alerts bench-telemetry costs scaling dashboards k8s-tools k8s-check k8s-render images check fmt
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -89,6 +89,10 @@ k8s-tools: $(MANIFEST_TOOLS)/.installed
 
 k8s-check: $(INSTALLED) k8s-tools ## Check deploy/k8s: everything that needs no cluster
 	@$(PYTHON) -m pytest tests/deploy $(args)
+
+k8s-render: ## Render every overlay into dist/, for kubectl apply -f
+	@mkdir -p dist
+	@for overlay in deploy/k8s/overlays/*/; do kubectl kustomize $$overlay > dist/$$(basename $$overlay).yaml || exit 1; done
 
 images: ## Build the images of the three services: make images TAG=0.1.0 (docker, podman or buildah)
 	@TAG=$(or $(TAG),dev) deploy/images/build

@@ -52,14 +52,14 @@ def test_the_base_needs_nothing_that_is_not_built_in():
 
 
 @pytest.mark.parametrize(
-    ("file", "line"),
-    [("kustomization.yaml", "resources: [nowhere.yaml]\n"), ("kustomization.yaml", "commonLabels: {a: b}\n")],
-    ids=["missing-file", "deprecated-field"],
+    "line",
+    ["patches: [{path: nowhere.yaml}]", "commonLabels: {team: shop}", "resources: [../nowhere]"],
+    ids=["missing-file", "deprecated-field", "second-resources"],
 )
-def test_a_planted_fault_is_caught(tmp_path, file, line):
+def test_a_fault_in_a_component_is_caught(tmp_path, line):
     shutil.copytree(K8S / "components" / "hpa", tmp_path / "hpa")
-    with (tmp_path / "hpa" / file).open("a") as kustomization:
-        kustomization.write(line if "resources" not in line else "patches: [{path: nowhere.yaml}]\n")
+    with (tmp_path / "hpa" / "kustomization.yaml").open("a") as kustomization:
+        kustomization.write(line + "\n")
     base = os.path.relpath(K8S / "base", tmp_path)
     (tmp_path / "kustomization.yaml").write_text(f"resources: [{base}]\ncomponents: [hpa]\n")
 

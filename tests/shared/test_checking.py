@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 
 from taskmesh.database import LIBRARY_VERSION_TABLE, SERVICE_VERSION_TABLE, is_migrated, migrate
 from taskmesh.parts.postgres import ServiceDatabase
+from taskmesh.testing.proxy import TcpProxy
+from taskmesh.testing.waiting import eventually
 
 SCRIPTS = Path(__file__).parents[1] / "services" / "ledgers_worker" / "migrations"
 
@@ -93,3 +96,30 @@ def test_a_secret_may_be_a_file_and_the_environment_comes_first(database, tmp_pa
 
     assert run().returncode == 0
     assert run(TASKMESH_DATABASE_URL="postgresql://nobody@127.0.0.1:1/none").returncode == 1
+
+
+def start(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    with log.open("w") as lines:
+        return subprocess.Popen(command, env=environment, stdout=lines, stderr=lines)
+
+
+async def test_setup_waits_for_a_database_that_is_only_being_started(database, broker, tmp_path):
+    """Migrations come as soon as it answers; without patience it fails at once."""
+    async with TcpProxy(database.owner_url) as proxy:
+        await proxy.refuse()
+        environment = os.environ | {
+            "PYTHONPATH": str(SCRIPTS.parents[1]),
+            "TASKMESH_DATABASE_URL": proxy.url,
+            "TASKMESH_AMQP_URL": broker.amqp_url,
+            "TASKMESH_MANAGEMENT_URL": broker.management_url,
+        }
+        command = [sys.executable, "-m", "ledgers_worker", "setup"]
+        hasty = await asyncio.to_thread(subprocess.run, command, env=environment, capture_output=True, timeout=60)
+        log = tmp_path / "setup.log"
+        patient = start(command, log, environment | {"TASKMESH_SETUP_WAIT_SECONDS": "90"})
+        await asyncio.to_thread(eventually, lambda: "setup waits" in log.read_text())
+        await proxy.accept()
+
+        assert await asyncio.to_thread(patient.wait, 90) == 0, log.read_text()
+        assert hasty.returncode != 0
+    assert is_migrated(database.url, scripts=SCRIPTS)

@@ -1,15 +1,17 @@
-"""The role `check`: says whether `setup` is done, and changes nothing. A pod runs it before the roles of a release."""
+"""Who waits at deploy time: `check` for `setup`, changing nothing, and `setup` for servers that are being started."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from taskmesh import logs
-from taskmesh.database import is_migrated
+from taskmesh.database import is_migrated, is_unavailable
+from taskmesh.errors import TransientError
 from taskmesh.settings import CheckSettings
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,20 @@ def check(settings: CheckSettings, *, service: str, scripts: Path | None) -> int
         time.sleep(LOOK_SECONDS)
     logger.info("schema is there")
     return 0
+
+
+def patiently(work: Callable[[], None], *, seconds: float) -> None:
+    """Do what is safe to repeat, and repeat it while the database or the broker is away, for so long."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return work()
+        except Exception as error:
+            away = isinstance(error, TransientError) or is_unavailable(error)
+            if not away or time.monotonic() >= deadline:
+                raise
+            logger.warning("setup waits", extra={"reason": type(error).__name__})
+        time.sleep(LOOK_SECONDS)
 
 
 def _reason(settings: CheckSettings, scripts: Path | None) -> str | None:

@@ -75,6 +75,8 @@ class SetupSettings(ServiceSettings):
 
     management_url: SecretStr
     """`http://user:password@host:port` of RabbitMQ's management API."""
+    setup_wait_seconds: Annotated[float, Field(ge=0)] = 0
+    """How long to wait for a database or a broker that is away; 0 fails at once."""
 
 
 class RelaySettings(ServiceSettings):

@@ -25,7 +25,7 @@ from gateway.settings import (
     SchedulerSettings,
 )
 from taskmesh import logs, telemetry
-from taskmesh.checking import check
+from taskmesh.checking import check, patiently
 from taskmesh.health import Health
 from taskmesh.settings import CheckSettings, ServiceSettings, load
 from taskmesh.telemetry import release
@@ -89,10 +89,13 @@ def set_up(settings: GatewaySetupSettings) -> None:
     from taskmesh.management import Management
     from taskmesh.topology import declare, gateway_topology
 
+    def declare_topology() -> None:
+        with Management(settings.management_url.get_secret_value()) as management:
+            declare(gateway_topology(), amqp_url=settings.amqp_url.get_secret_value(), management=management)
+
     logs.configure(settings.log_format, settings.log_level, SERVICE, "setup")
-    migrate(settings.database_url, scripts=SCRIPTS)
-    with Management(settings.management_url.get_secret_value()) as management:
-        declare(gateway_topology(), amqp_url=settings.amqp_url.get_secret_value(), management=management)
+    patiently(lambda: migrate(settings.database_url, scripts=SCRIPTS), seconds=settings.setup_wait_seconds)
+    patiently(declare_topology, seconds=settings.setup_wait_seconds)
 
 
 def serve(settings: ApiSettings) -> None:

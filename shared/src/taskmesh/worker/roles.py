@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taskmesh import logs, telemetry
-from taskmesh.checking import check
+from taskmesh.checking import check, patiently
 from taskmesh.database import async_engine, migrate
 from taskmesh.health import Health
 from taskmesh.settings import CheckSettings, RelaySettings, SetupSettings, WorkerSettings, load
@@ -64,14 +64,17 @@ def set_up(app: WorkerApp, settings: SetupSettings, scripts: Path | None) -> Non
     from taskmesh.relay import announce_once
     from taskmesh.topology import declare, worker_topology
 
+    def declare_topology() -> None:
+        with Management(settings.management_url.get_secret_value()) as management:
+            declare(
+                worker_topology(app.service, app.listens_to()),
+                amqp_url=settings.amqp_url.get_secret_value(),
+                management=management,
+            )
+
     logs.configure(settings.log_format, settings.log_level, app.service, "setup")
-    migrate(settings.database_url, scripts=scripts)
-    with Management(settings.management_url.get_secret_value()) as management:
-        declare(
-            worker_topology(app.service, app.listens_to()),
-            amqp_url=settings.amqp_url.get_secret_value(),
-            management=management,
-        )
+    patiently(lambda: migrate(settings.database_url, scripts=scripts), seconds=settings.setup_wait_seconds)
+    patiently(declare_topology, seconds=settings.setup_wait_seconds)
     asyncio.run(announce_once(settings.amqp_url.get_secret_value(), app.manifest()))
 
 
