@@ -64,6 +64,8 @@ def test_the_lock_is_read_by_the_uv_that_wrote_it(dockerfile):
 
     assert f"UV_VERSION={version}" in instructions(dockerfile, "ARG")
     assert "UV_COMPILE_BYTECODE=1" in dockerfile
+    # Behind a company's own authority its certificate is in the base image, and in no program.
+    assert "UV_SYSTEM_CERTS=1" in dockerfile
 
 
 def test_labels_say_what_it_is(service, dockerfile):
