@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from manifests import Documents, named, of_kind, pod_of
 
 from .conftest import ROOT

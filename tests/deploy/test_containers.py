@@ -12,8 +12,8 @@ from secrets import token_hex
 
 import httpx
 import pytest
-from manifests import Documents, Resource, named, of_kind, pod_of
 
+from manifests import Documents, Resource, named, of_kind, pod_of
 from taskmesh.client import Taskmesh
 from taskmesh.parts.ports import free_port
 from taskmesh.parts.rabbitmq import create_observer, create_service_users

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import yaml
-from manifests import Documents, Resource, named, of_kind
 
 from billing_worker.tasks import app as billing
 from email_worker.tasks import app as email
+from manifests import Documents, Resource, named, of_kind
 from taskmesh.parts.postgres import DATABASE_GRANTS, SCHEMA_GRANTS
 from taskmesh.topology import (
     EXCHANGES,

@@ -8,6 +8,7 @@ import shutil
 import tomllib
 
 import pytest
+
 from manifests import images_are_pinned
 
 from .conftest import ROOT

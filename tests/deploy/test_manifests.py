@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from manifests import CHECKS, SCALERS, Documents, Resource, named, of_kind, pod_of
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from flows import Network, Place, pods_of
 from manifests import Documents, named
 

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import yaml
+
 from manifests import Documents, named, of_kind
 
 from .conftest import K8S, ROOT, find

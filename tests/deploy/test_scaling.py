@@ -9,11 +9,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from manifests import Documents, Resource, named, of_kind, pod_of
 
 from billing_worker.tasks import app as billing
 from email_worker.tasks import app as email
 from gateway.routes import services
+from manifests import Documents, Resource, named, of_kind, pod_of
 from taskmesh.contracts.lifecycle import TaskKind
 from taskmesh.settings import WorkerSettings
 from taskmesh.worker import WorkerApp

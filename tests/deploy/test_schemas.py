@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from manifests import Documents, Resource, named, of_kind, pod_of
 
 from .conftest import SCHEMAS, find

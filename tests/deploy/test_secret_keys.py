@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from manifests import WORKLOADS, Documents, Resource, name_of, named, of_kind, pod_of
 
 README = Path(__file__).resolve().parents[2] / "deploy" / "k8s" / "README.md"

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from manifests import Documents, Resource, named, of_kind, pod_of
 from pydantic_settings import BaseSettings
 
 from billing_worker.settings import BillingSettings
@@ -20,6 +19,7 @@ from gateway.settings import (
     ReconcilerSettings,
     SchedulerSettings,
 )
+from manifests import Documents, Resource, named, of_kind, pod_of
 from taskmesh.settings import SECRETS_DIR, CheckSettings, RelaySettings, SetupSettings
 from taskmesh_local.roles import ROLE_NAMES
 
