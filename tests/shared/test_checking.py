@@ -64,6 +64,22 @@ def test_a_schema_of_a_later_release_is_taken_so_that_a_release_can_be_rolled_ba
     assert is_migrated(database.url, scripts=SCRIPTS)
 
 
+def test_setup_of_a_release_that_was_rolled_back_leaves_a_later_schema_as_it_is(database):
+    """The later release has migrated; this one's code and `setup` go on beside its schema."""
+    migrate(database.owner_url, scripts=SCRIPTS)
+    with psycopg.connect(database.owner_url) as connection:
+        connection.execute("alter table inbox add column added_later text")
+    for table in (LIBRARY_VERSION_TABLE, SERVICE_VERSION_TABLE):
+        set_revision(database, table, "0099")
+
+    migrate(database.owner_url, scripts=SCRIPTS)
+
+    assert is_migrated(database.url, scripts=SCRIPTS)
+    with psycopg.connect(database.url) as connection:
+        assert connection.execute(f"select version_num from {SERVICE_VERSION_TABLE}").fetchone() == ("0099",)
+        assert connection.execute("select added_later from inbox").fetchall() == []
+
+
 def test_the_role_says_no_at_once_and_yes_once_setup_is_done(database):
     before = run_check(database)
     migrate(database.owner_url, scripts=SCRIPTS)

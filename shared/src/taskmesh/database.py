@@ -91,7 +91,9 @@ def is_unavailable(error: BaseException) -> bool:
 
 
 def migrate(url: SecretStr | str, *, scripts: Path | None) -> None:
-    """Bring a service's database to its newest schema: the library's tables, then the service's own.
+    """Bring a service's database to this release's schema: the library's tables, then the service's own.
+
+    A newer schema is left as it is.
 
     Args:
         url: The owner's URL, direct and not through a transaction pooler.
@@ -105,9 +107,9 @@ def migrate(url: SecretStr | str, *, scripts: Path | None) -> None:
             # A migration that cannot have its lock must give way rather than queue all traffic behind it.
             connection.execute(text("set lock_timeout = '4s'"))
             connection.commit()
-            _upgrade(connection, LIBRARY_SCRIPTS, LIBRARY_VERSION_TABLE)
-            if scripts is not None:
-                _upgrade(connection, scripts, SERVICE_VERSION_TABLE)
+            for folder, table in ((LIBRARY_SCRIPTS, LIBRARY_VERSION_TABLE), (scripts, SERVICE_VERSION_TABLE)):
+                if folder is not None:
+                    _upgrade(connection, folder, table)
     finally:
         engine.dispose()
 
@@ -149,6 +151,11 @@ def _directory(scripts: Path) -> ScriptDirectory:
 
 
 def _upgrade(connection: Connection, scripts: Path, version_table: str) -> None:
+    # A release that was rolled back finds the schema of the one after it, which suits it as it is.
+    is_there = _is_upgraded(connection, scripts, version_table)
+    connection.commit()
+    if is_there:
+        return
     directory = _directory(scripts)
 
     def steps(revision: Any, _: MigrationContext) -> Any:
