@@ -71,7 +71,7 @@ def test_a_mesh_comes_up_mends_what_is_killed_and_goes_down_without_a_trace(comm
             assert started[name].wait(10)
         status = command("status")
         assert status.returncode == 1
-        assert re.search(r"5 of 13 are not up: .*billing-worker", status.stdout)
+        assert re.search(r"[5-9] of 13 are not up: .*billing-worker", status.stdout)
 
         up = command("up")
         assert up.returncode == 0, up.stderr + up.stdout
