@@ -51,7 +51,6 @@ def test_what_prometheus_scrapes_from_the_roles_it_does_not_scrape_from_the_coll
     assert scraped == {"spanmetrics"}
 
 
-@pytest.mark.skipif(not ORIGIN.exists(), reason="there is no deploy/observability to compare with")
 def test_the_second_tier_keeps_the_traces_that_the_single_collector_keeps(production):
     wanted = yaml.safe_load(ORIGIN.read_text())["processors"]["tail_sampling"]
     told = configuration(production, "sampler")["processors"]["tail_sampling"]

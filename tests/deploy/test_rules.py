@@ -89,7 +89,6 @@ def test_every_alert_of_kubernetes_has_a_page_and_a_case(production):
             assert rule["alert"] in tested
 
 
-@pytest.mark.skipif(not OBSERVABILITY.exists(), reason="there is no deploy/observability to copy from")
 def test_the_copies_of_rules_and_dashboards_are_not_old():
     """`.venv/bin/python deploy/k8s/copy-observability` makes them anew."""
     for path, text in copying().copies(OBSERVABILITY).items():

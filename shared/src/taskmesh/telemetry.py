@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
-from opentelemetry import context, propagate, trace
+from opentelemetry import propagate, trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
@@ -123,13 +122,3 @@ def extract(carrier: Mapping[str, object]) -> Context:
     names = ("traceparent", "tracestate")
     plain = {name: value for name in names if isinstance(value := carrier.get(name), str)}
     return TRACE_CONTEXT.extract(plain, context=Context())
-
-
-@contextmanager
-def attach(traceparent: str | None) -> Iterator[None]:
-    """Make the remote span current for the block."""
-    token = context.attach(extract({"traceparent": traceparent}))
-    try:
-        yield
-    finally:
-        context.detach(token)

@@ -31,6 +31,7 @@ from taskmesh.contracts.lifecycle import TERMINAL
 from taskmesh.database import is_unavailable
 from taskmesh.errors import DatabaseUnavailable
 from taskmesh.health import Health
+from taskmesh.traces import Relation
 
 logger = logging.getLogger(__name__)
 
@@ -318,7 +319,7 @@ def _task(schedule: Schedule, fire: Fire, owner: TypeOwner | None) -> NewTask:
         "taskmesh.task.type": schedule.type,
     }
     # Each fire begins a trace of its own.
-    links = traces.links_to({"schedule_of": schedule.traceparent} if schedule.traceparent else {})
+    links = traces.links_to({Relation.SCHEDULED.of: schedule.traceparent} if schedule.traceparent else {})
     with telemetry.tracer().start_as_current_span("fire schedule", Context(), attributes=attributes, links=links):
         creation = traces.going_on()
         return NewTask(
