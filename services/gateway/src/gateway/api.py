@@ -97,9 +97,8 @@ def create_app(settings: ApiSettings, health: Health | None = None) -> FastAPI:
     # The last one added is the first that a request meets.
     app.add_middleware(BodyLimit)
     app.add_middleware(problems.UnexpectedErrors)
-    app.add_middleware(tracing.TraceHeader)
     app.add_middleware(SafeHeaders)
-    tracing.instrument(app)
+    app.add_middleware(tracing.Tracing)
     return app
 
 

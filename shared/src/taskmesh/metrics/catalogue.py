@@ -50,6 +50,20 @@ DEAD_LETTERS_STORED = Counter(
     SERVICE, REASON, CODE,
 )  # fmt: skip
 
+# Requests
+
+HTTP_SERVER_DURATION = Histogram(
+    "http.server.request.duration",
+    "s",
+    "Duration of HTTP server requests.",
+    Attribute("http.request.method", pattern=r"_OTHER|[A-Z]{3,7}", limit=10),
+    # The gateway's own templates, never a path that a caller made up.
+    Attribute("http.route", pattern=r"/.{0,99}", limit=100),
+    Attribute("http.response.status_code", pattern=r"[1-5]\d\d", limit=40),
+    Attribute("url.scheme", values=["http", "https"]),
+    Attribute("error.type", limit=40),
+)
+
 # The state of the mesh, from the reconciler that leads
 
 UNACCOUNTED_TASKS = Gauge(

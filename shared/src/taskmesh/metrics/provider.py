@@ -19,7 +19,7 @@ from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
-from opentelemetry.sdk.metrics.view import DropAggregation, ExplicitBucketHistogramAggregation, View
+from opentelemetry.sdk.metrics.view import DropAggregation, View
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.trace import INVALID_SPAN, NonRecordingSpan, SpanContext, set_span_in_context
 from prometheus_client import CollectorRegistry, start_http_server
@@ -37,26 +37,8 @@ BUCKETS_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 STOP_SECONDS: Final = 3
 """How long a process that ends waits for its last export."""
 
-HTTP_ATTRIBUTES: Final = frozenset(
-    {
-        "http.request.method",
-        "http.route",
-        "http.response.status_code",
-        "url.scheme",
-        "network.protocol.version",
-    }
-)
-"""Those of the FastAPI instrumentation whose values are few whatever callers send."""
-
 _VIEWS: Final = (
-    View(
-        instrument_name="http.server.request.duration",
-        aggregation=ExplicitBucketHistogramAggregation(BUCKETS_SECONDS),
-        attribute_keys=set(HTTP_ATTRIBUTES),
-    ),
-    # What else the instrumentation and the SDK measure is not in the catalogue.
-    View(instrument_name="http.server.active_requests", aggregation=DropAggregation()),
-    View(instrument_name="http.server.*.size", aggregation=DropAggregation()),
+    # What the SDK measures of itself is not in the catalogue.
     View(instrument_name="otel.sdk.*", aggregation=DropAggregation()),
 )
 
