@@ -161,3 +161,10 @@ def test_tasks_are_tried_again_and_again(mesh):
     mesh.fires("TaskmeshTasksRetry", meanwhile=lambda: mesh.run(*[Stumble(way="error", runs=3)] * 5))
 
     mesh.is_over("TaskmeshTasksRetry")
+
+
+def test_the_collector_is_gone(mesh):
+    with mesh.without_collector():
+        mesh.fires("TaskmeshTelemetryDropped", meanwhile=lambda: mesh.run(*[Record() for _ in range(20)]))
+
+    mesh.is_over("TaskmeshTelemetryDropped")

@@ -55,6 +55,8 @@ LENGTH = re.compile(r"(?<=\[)\d+[smhd](?=\])|(?<=offset )\d+[smhd]")
 PENDING = re.compile(r"(?<=for: )\d+[smhd]")
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 VARIABLES = {
+    # Full after some requests; in operation a process keeps two thousand spans.
+    "OTEL_BSP_MAX_QUEUE_SIZE": "16",
     "TASKMESH_LOG_FORMAT": "json",
     "TASKMESH_METRICS_PORT": "0",
     "TASKMESH_OBSERVE_SECONDS": "1",
@@ -208,6 +210,17 @@ class WatchedMesh:
             yield
         finally:
             process.send(signal.SIGCONT)
+
+    @contextlib.contextmanager
+    def without_collector(self) -> Iterator[None]:
+        """The mesh without the page that its processes export to, for as long as the block takes."""
+        process = self._state.process("traces")
+        assert process is not None
+        process.kill()
+        try:
+            yield
+        finally:
+            self._mesh.up()
 
     def run(self, *commands: Command) -> None:
         """Submit these, and wait until each has ended, however."""
