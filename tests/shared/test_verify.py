@@ -190,7 +190,8 @@ def test_the_services_that_ship_are_idempotent(verify, service, types):
 def interrupted(environment: dict[str, str], tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A command in the middle of its work, with its folders below `tmp_path`."""
     # All of its types: one would be done before the signal comes, on a busy machine.
-    command = [taskmesh(), "verify", "--service", "ledgers"]
+    # Tests that a shell runs in its background ignore Ctrl-C, and so would their children.
+    command = ["env", "--default-signal=INT", taskmesh(), "verify", "--service", "ledgers"]
     process = subprocess.Popen(
         command, env=environment | {"TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

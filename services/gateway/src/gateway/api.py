@@ -75,6 +75,8 @@ def create_app(settings: ApiSettings, health: Health | None = None) -> FastAPI:
         # A redirect has the scheme and the host that the request claims, and callers would follow it with their key.
         redirect_slashes=False,
         lifespan=lifespan,
+        # Ours are in `tracing`: FastAPI's name queries and hosts, and would be a second span for each request.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.gateway = gateway
     app.state.openapi = LiveOpenApi(app, release())

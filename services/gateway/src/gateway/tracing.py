@@ -104,7 +104,6 @@ def _end(span: Span, scope: Scope, status: int | None, failure: str | None, seco
         http_route=route,
         http_response_status_code=code,
         url_scheme=scope["scheme"],
-        error_type=failure,
     )
     if not span.is_recording():
         return

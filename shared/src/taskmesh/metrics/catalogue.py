@@ -61,7 +61,6 @@ HTTP_SERVER_DURATION = Histogram(
     Attribute("http.route", pattern=r"/.{0,99}", limit=100),
     Attribute("http.response.status_code", pattern=r"[1-5]\d\d", limit=40),
     Attribute("url.scheme", values=["http", "https"]),
-    Attribute("error.type", limit=40),
 )
 
 # The state of the mesh, from the reconciler that leads
