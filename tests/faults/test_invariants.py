@@ -16,7 +16,7 @@ import pytest
 from taskmesh.client import Submission
 from taskmesh_local.faults import invariants
 from taskmesh_local.faults.evidence import Databases, Evidence
-from taskmesh_local.faults.killed import Killed, told_by_workers
+from taskmesh_local.faults.killed import Killed, Standstill, told_by_workers
 from taskmesh_local.faults.load import Books
 from taskmesh_local.faults.orders import Order
 from taskmesh_local.faults.traces import Collected, Traces
@@ -284,3 +284,19 @@ def test_children_that_workers_tell_of_as_killed_are_known(tmp_path):
     [found] = told_by_workers([("trials-worker", log), ("email-worker", tmp_path / "missing.log")])
 
     assert (found.role, found.pid, found.at) == ("trials-worker", 12, MOMENT.timestamp())
+
+
+def test_a_child_that_was_killed_while_its_worker_was_stopped_may_have_gone_then(tmp_path):
+    """It was told of eight seconds later, and its last spans were called lost for no reason."""
+    log = tmp_path / "trials-worker.log"
+    log.write_text(json.dumps({"at": MOMENT.isoformat(), "message": "running task has lost its process", "worker": 12}))
+    at = MOMENT.timestamp()
+    standstills = [
+        Standstill(role="trials-worker", begin=at - 8, end=at - 1),
+        Standstill(role="trials-worker", begin=at - 60, end=at - 50),
+        Standstill(role="email-worker", begin=at - 20, end=at - 1),
+    ]
+
+    [found] = told_by_workers([("trials-worker", log)], standstills)
+
+    assert (found.since, found.at) == (at - 8, at)

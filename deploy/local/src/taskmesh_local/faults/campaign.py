@@ -108,7 +108,7 @@ async def run(options: Options, folder: Path, console: Console) -> Report:
                 folders.mails,
                 audit,
                 spans,
-                [*injectors.killed, *told_by_workers(logs)],
+                [*injectors.killed, *told_by_workers(logs, injectors.standstills)],
             )
             return await asyncio.to_thread(_conclude, options, evidence, injectors, supervisor, quiet=quiet)
 

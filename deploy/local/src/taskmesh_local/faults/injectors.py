@@ -18,7 +18,7 @@ from taskmesh.parts.postgres import Postgres
 from taskmesh.parts.processes import Process
 from taskmesh.parts.rabbitmq import VHOST, RabbitMQ
 from taskmesh_local.faults.journal import Journal
-from taskmesh_local.faults.killed import Killed
+from taskmesh_local.faults.killed import Killed, Standstill
 from taskmesh_local.faults.proxies import SLOW_BYTES_PER_SECOND, SLOW_DELAY_SECONDS, Proxies
 from taskmesh_local.faults.schedule import BROKER, DATABASE, Fault, Kind
 from taskmesh_local.faults.supervisor import Supervisor, until
@@ -55,6 +55,7 @@ class Injectors:
         policies: The broker's policies as they were before.
         done: Every fault so far, with its effect.
         killed: Every process that was killed on purpose, but for the servers'.
+        standstills: When roles were stopped.
     """
 
     supervisor: Supervisor
@@ -65,6 +66,7 @@ class Injectors:
     policies: dict[str, dict[str, Any]] = field(default_factory=dict)
     done: list[Injection] = field(default_factory=list)
     killed: list[Killed] = field(default_factory=list)
+    standstills: list[Standstill] = field(default_factory=list)
     _stopped: dict[str, list[Process]] = field(default_factory=dict)
 
     async def run(self, faults: Sequence[Fault]) -> None:
@@ -182,6 +184,8 @@ class Injectors:
             pids = [stopped[0].pid, *stopped[0].children()]
             self._note_killed(fault.victim, pids, earlier_seconds=fault.seconds, later_seconds=RESTART_SECONDS)
             stopped[0].send(signal.SIGKILL)
+        now = time.time()
+        self.standstills.append(Standstill(role=fault.victim, begin=now - fault.seconds, end=now))
         for process in stopped:
             process.send(signal.SIGCONT)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -37,11 +37,25 @@ class Killed:
         return f"{self.role} (pid {self.pid}, {datetime.fromtimestamp(self.at).astimezone():%H:%M:%S})"
 
 
-def told_by_workers(logs: Iterable[tuple[str, Path]]) -> Iterator[Killed]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standstill:
+    """A role's main process did nothing for some time, in seconds of the epoch."""
+
+    role: str
+    begin: float
+    end: float
+
+
+NOTICED_SECONDS = 5.0
+"""A main process that goes on has noticed by then which children it has lost meanwhile."""
+
+
+def told_by_workers(logs: Iterable[tuple[str, Path]], standstills: Sequence[Standstill] = ()) -> Iterator[Killed]:
     """The children that workers tell of as killed.
 
     Args:
         logs: Roles and their logs, in JSON.
+        standstills: When roles were stopped: who is stopped tells of a child later than it was killed.
     """
     for role, log in logs:
         for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
@@ -53,4 +67,7 @@ def told_by_workers(logs: Iterable[tuple[str, Path]]) -> Iterator[Killed]:
                 # Cut off: its writer was killed, too.
                 continue
             at = datetime.fromisoformat(told["at"]).timestamp()
-            yield Killed(role=role, pid=told["worker"] or 0, since=at, at=at)
+            unnoticed = [
+                it.begin for it in standstills if it.role == role and it.begin <= at <= it.end + NOTICED_SECONDS
+            ]
+            yield Killed(role=role, pid=told["worker"] or 0, since=min([at, *unnoticed]), at=at)
