@@ -86,7 +86,7 @@ def test_a_time_below_nothing_is_nothing(kept):
     ids=["sampled", "not sampled", "junk", "empty", "no text", "no current span"],
 )
 def test_a_measurement_is_an_example_of_a_trace_that_is_recorded(kept, traceparent, trace_id):
-    COUNTED.add(1, traceparent)
+    TIMED.record(1, traceparent)
 
     [(_, _, _, origin)] = kept.taken
     assert (None if origin is None else f"{origin.trace_id:032x}") == trace_id
@@ -150,16 +150,18 @@ def in_child(channel: Channel, act: Any) -> int:
 def test_what_a_child_has_measured_outlives_it(kept):
     channel = Channel()
 
-    def count_and_die() -> None:
-        COUNTED.add(3, SAMPLED, way="badly")
+    def measure_and_die() -> None:
+        COUNTED.add(3, way="badly")
+        TIMED.record(0.5, SAMPLED)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    assert in_child(channel, count_and_die) == -signal.SIGKILL
+    assert in_child(channel, measure_and_die) == -signal.SIGKILL
     channel.receive(kept)
     channel.stop()
 
-    [(name, value, attributes, origin)] = kept.taken
-    assert (name, value, attributes) == ("test.counted", 3, {"way": "badly"})
+    [counted, (name, value, _, origin)] = kept.taken
+    assert counted == ("test.counted", 3, {"way": "badly"}, None)
+    assert (name, value) == ("test.timed", 0.5)
     assert origin is not None
     assert f"{origin.trace_id:032x}" == TRACE
 

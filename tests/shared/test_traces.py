@@ -1,4 +1,4 @@
-"""Which trace a message belongs to, held against OpenTelemetry's own SDK."""
+"""Which trace a message belongs to, told by the spans that are recorded."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import pytest
 from opentelemetry import baggage as otel_baggage
 from opentelemetry import context, trace
 from opentelemetry.context import Context
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 
 from taskmesh import baggage, telemetry, traces
 from taskmesh.celery_protocol import DUE_HEADER, PUBLISHED_HEADER, RECEIVED_HEADER, TRACE_LINKS_HEADER
-from taskmesh.promised_spans import PromisedIds, PromisedSampling, promised
+from taskmesh.recording import SpanRecorder, promised
 from taskmesh.traces import Creation, Relation
 from taskmesh.worker.spans import AttemptSpan
 
@@ -25,18 +24,13 @@ UNSAMPLED = TRACEPARENT.removesuffix("01") + "00"
 
 
 class Recorder:
-    """OpenTelemetry's SDK, with a sampler that drops whatever nobody has decided on."""
+    """A recorder, with a sampler that drops whatever nobody has decided on."""
 
     def __init__(self) -> None:
-        self._exporter = InMemorySpanExporter()
-        self._provider = TracerProvider(id_generator=PromisedIds())
-        self._provider.sampler = PromisedSampling(ParentBased(ALWAYS_OFF))
-        self._provider.add_span_processor(SimpleSpanProcessor(self._exporter))
-        self.tracer = self._provider.get_tracer("test")
-
-    @property
-    def spans(self):
-        return self._exporter.get_finished_spans()
+        self.spans = []
+        self.tracer = SpanRecorder(
+            ParentBased(ALWAYS_OFF), Resource({}), InstrumentationScope("test"), self.spans.append
+        )
 
 
 @pytest.fixture
@@ -171,7 +165,7 @@ def test_an_attempt_worth_a_look_is_exported_though_its_trace_is_not_sampled(rec
 def test_an_attempt_without_anything_to_see_stays_unsampled(recorder):
     attempt({"traceparent": UNSAMPLED})
 
-    assert recorder.spans == ()
+    assert recorder.spans == []
 
 
 @pytest.mark.usefixtures("allowed")

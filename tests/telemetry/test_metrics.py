@@ -24,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from running_gateway import Gateway, running_gateway
 from running_orders import Orders, orders_service
 from taskmesh.contracts.billing import IssueInvoice
-from taskmesh.metrics.provider import BUCKETS_SECONDS
+from taskmesh.metrics.aggregates import BUCKETS_SECONDS
 from taskmesh.parts.postgres import create_database, drop_database
 from taskmesh.testing.otlp import OtlpSink, Point
 from taskmesh.testing.smtp import SmtpSink

@@ -18,13 +18,14 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Any
 
 import requests
 from opentelemetry import context
 from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.environment_variables import (
     OTEL_BSP_MAX_EXPORT_BATCH_SIZE,
@@ -34,6 +35,9 @@ from opentelemetry.sdk.environment_variables import (
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from requests.adapters import HTTPAdapter
+
+from taskmesh import otlp
+from taskmesh.recording import RecordedSpan
 
 logger = logging.getLogger(__name__)
 
@@ -70,13 +74,27 @@ def processor(on_dropped: Callable[[int], None]) -> SpanSender:
     line = Line()
     queue_size = _positive(OTEL_BSP_MAX_QUEUE_SIZE, QUEUE_SIZE)
     return SpanSender(
-        OTLPSpanExporter(session=line),
+        Exporter(session=line),
         line,
         on_dropped,
         queue_size=queue_size,
         batch_size=min(queue_size, _positive(OTEL_BSP_MAX_EXPORT_BATCH_SIZE, BATCH_SIZE)),
         delay_seconds=_positive(OTEL_BSP_SCHEDULE_DELAY, DELAY_MILLISECONDS) / 1000,
     )
+
+
+class Exporter(OTLPSpanExporter):
+    """OpenTelemetry's exporter, which has the mesh's own spans encoded by the mesh."""
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Send spans; raises if one of them cannot be encoded."""
+        own = [span for span in spans if isinstance(span, RecordedSpan)]
+        body = otlp.encode(own) if own else b""
+        if len(own) < len(spans):
+            others = [span for span in spans if not isinstance(span, RecordedSpan)]
+            # Two requests that are written one behind the other are one request.
+            body += encode_spans(others).SerializeToString()
+        return SpanExportResult.SUCCESS if self._client.export(body).success else SpanExportResult.FAILURE
 
 
 class Line(requests.Session):

@@ -20,8 +20,8 @@ from pydantic import SecretStr
 
 from taskmesh import amqp, exchanges, telemetry, traces
 from taskmesh.celery_protocol import TRACE_LINKS_HEADER
-from taskmesh.promised_spans import promised
 from taskmesh.publishing import Outcome, Report
+from taskmesh.recording import promised
 
 
 class Row(Protocol):

@@ -18,13 +18,14 @@ from opentelemetry import propagate, trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from taskmesh import baggage, exporting
 from taskmesh.metrics import catalogue
 from taskmesh.metrics import provider as metrics
-from taskmesh.promised_spans import PromisedIds, PromisedSampling
+from taskmesh.recording import SpanRecorder
 from taskmesh.settings import ServiceSettings
 
 ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
@@ -54,12 +55,14 @@ def start(service: str, role: str, settings: ServiceSettings, *, with_metrics: b
         metrics.start(resource(service, role), release(), settings)
     if not os.environ.get(ENDPOINT_VARIABLE):
         return
-    _provider = TracerProvider(resource=resource(service, role), id_generator=PromisedIds())
-    # What `OTEL_TRACES_SAMPLER` chooses; parent-based unless it says otherwise.
-    _provider.sampler = PromisedSampling(_provider.sampler)
-    _provider.add_span_processor(exporting.processor(_dropped))
+    # Its sampler is what `OTEL_TRACES_SAMPLER` chooses; parent-based unless it says otherwise.
+    _provider = TracerProvider(resource=resource(service, role))
+    sender = exporting.processor(_dropped)
+    # For the spans of other libraries; the mesh's own go to the sender without it.
+    _provider.add_span_processor(sender)
     trace.set_tracer_provider(_provider)
-    _tracer = _provider.get_tracer("taskmesh", release(), schema_url=SCHEMA_URL)
+    scope = InstrumentationScope("taskmesh", release(), SCHEMA_URL)
+    _tracer = SpanRecorder(_provider.sampler, _provider.resource, scope, sender.put)
 
 
 def stop() -> None:
@@ -95,7 +98,7 @@ def release() -> str:
 
 
 def tracer() -> Tracer:
-    """The mesh's tracer, which is made once: the SDK takes longer to make one than to make a span."""
+    """The mesh's tracer."""
     return _tracer or trace.get_tracer("taskmesh", release(), schema_url=SCHEMA_URL)
 
 

@@ -33,27 +33,21 @@ def count_accepted(new: Iterable[NewTask]) -> None:
 
 
 def count_steps(steps: Iterable[Step]) -> None:
-    """Count steps that the ledger has taken; those of one kind together, with the trace of the last as an example."""
+    """Count steps that the ledger has taken, and record how long they took."""
     counts: Counter[tuple[str, str, TaskState, str | None]] = Counter()
-    traces: dict[tuple[str, str, TaskState, str | None], str | None] = {}
     for step in steps:
-        key = (step.type, step.service, step.event.state, step.code)
-        counts[key] += 1
-        traces[key] = step.event.traceparent
+        counts[step.type, step.service, step.event.state, step.code] += 1
         _time(step)
-    for key, count in counts.items():
-        type_name, service, state, code = key
+    for (type_name, service, state, code), count in counts.items():
         # A task waits for its time before it is on its way: that is no step of the mesh.
         if state is not TaskState.SCHEDULED:
-            catalogue.TASK_TRANSITIONS.add(
-                count, traces[key] or NO_TRACE, type=type_name, service=service, state=state.value, code=code
-            )
+            catalogue.TASK_TRANSITIONS.add(count, type=type_name, service=service, state=state.value, code=code)
 
 
 def count_cancelled(task: Row[Any]) -> None:
     """Count a task that was taken back before it left, and so was ended by the gateway itself."""
     of_task = {"type": task.type, "service": task.service, "state": TaskState.CANCELLED.value}
-    catalogue.TASK_TRANSITIONS.add(1, NO_TRACE, **of_task)
+    catalogue.TASK_TRANSITIONS.add(**of_task)
     if task.queued_at is not None:
         catalogue.TASK_DURATION.record((task.finished_at - task.queued_at).total_seconds(), NO_TRACE, **of_task)
 

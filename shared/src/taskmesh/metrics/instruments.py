@@ -62,7 +62,7 @@ class Sink(Protocol):
         """Take one; never waits, and never raises.
 
         Args:
-            origin: The span that it is an example of.
+            origin: The span that a length of time is an example of.
         """
 
 
@@ -99,23 +99,23 @@ class Counter(Instrument):
 
     kind = Kind.COUNTER
 
-    def add(self, amount: int = 1, traceparent: object = None, /, **attributes: str | None) -> None:
-        """Count; an attribute that is None is left out.
-
-        Args:
-            traceparent: The trace that this is an example of; None for the current one.
-        """
+    def add(self, amount: int = 1, /, **attributes: str | None) -> None:
+        """Count; an attribute that is None is left out."""
         if _sink is not None:
-            _sink.measure(self, amount, self._admitted(attributes), origin_of(traceparent))
+            _sink.measure(self, amount, self._admitted(attributes), None)
 
 
 class Histogram(Instrument):
-    """Keeps how measurements are distributed over the buckets of `provider.BUCKETS_SECONDS`."""
+    """Keeps how measurements are distributed over the buckets of `aggregates.BUCKETS_SECONDS`."""
 
     kind = Kind.HISTOGRAM
 
     def record(self, seconds: float, traceparent: object = None, /, **attributes: str | None) -> None:
-        """Record one length of time; one below nothing, which clocks that differ make, is nothing."""
+        """Record one length of time; one below nothing, which clocks that differ make, is nothing.
+
+        Args:
+            traceparent: The trace that this is an example of; None for the current one.
+        """
         if _sink is not None:
             _sink.measure(self, max(0.0, seconds), self._admitted(attributes), origin_of(traceparent))
 

@@ -9,30 +9,32 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Final
 
 from opentelemetry import metrics
-from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
+from opentelemetry.sdk.metrics.export import (
+    MetricExportResult,
+    MetricReader,
+    MetricsData,
+    PeriodicExportingMetricReader,
+)
 from opentelemetry.sdk.metrics.view import DropAggregation, View
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.trace import INVALID_SPAN, NonRecordingSpan, SpanContext, set_span_in_context
 from prometheus_client import CollectorRegistry, start_http_server
 
 from taskmesh.metrics import catalogue, instruments
-from taskmesh.metrics.instruments import Gauge, Instrument, Kind
+from taskmesh.metrics.aggregates import Aggregates
+from taskmesh.metrics.instruments import Gauge
 from taskmesh.settings import ServiceSettings
 
 logger = logging.getLogger(__name__)
 
 ENDPOINT_VARIABLE: Final = "OTEL_EXPORTER_OTLP_ENDPOINT"
-
-BUCKETS_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
 
 STOP_SECONDS: Final = 3
 """How long a process that ends waits for its last export."""
@@ -43,10 +45,6 @@ _VIEWS: Final = (
 )
 
 
-# An empty context is taken for none, and so for the current one.
-_NOWHERE: Final = set_span_in_context(INVALID_SPAN, Context())
-
-
 class _Reader(PeriodicExportingMetricReader):
     """Exports from the process that made it, and from no other."""
 
@@ -54,18 +52,40 @@ class _Reader(PeriodicExportingMetricReader):
         """A pool child exports nothing: it would tell its parent's figures a second time."""
 
 
+class _Exporter(OTLPMetricExporter):
+    """Exports the aggregates with what the SDK has collected."""
+
+    def __init__(self, aggregates: Aggregates) -> None:
+        super().__init__()
+        self._aggregates = aggregates
+
+    def export(self, metrics_data: MetricsData, *args: Any, **kwargs: Any) -> MetricExportResult:
+        return super().export(self._aggregates.joined(metrics_data), *args, **kwargs)
+
+
+class _PageReader(PrometheusMetricReader):
+    """Shows the aggregates with what the SDK has collected."""
+
+    def __init__(self, aggregates: Aggregates, registry: CollectorRegistry) -> None:
+        # Labels that name the library which measured would be in every series, and the same.
+        super().__init__(registry=registry, scope_info_enabled=False)
+        self._aggregates = aggregates
+
+    def _receive_metrics(self, metrics_data: MetricsData, *args: Any, **kwargs: Any) -> None:
+        super()._receive_metrics(self._aggregates.joined(metrics_data), *args, **kwargs)
+
+
 class _Page:
     """What Prometheus scrapes."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, aggregates: Aggregates) -> None:
         """Open the page.
 
         Raises:
             OSError: The port is taken, or there is no such address.
         """
         registry = CollectorRegistry()
-        # Labels that name the library which measured would be in every series, and the same.
-        self.reader = PrometheusMetricReader(registry=registry, scope_info_enabled=False)
+        self.reader = _PageReader(aggregates, registry)
         self._server, self._thread = start_http_server(port, host, registry)
         logger.info("metrics page opened", extra={"host": host, "port": self._server.server_port})
 
@@ -79,42 +99,13 @@ class _Page:
         self._server.socket.close()
 
 
-class _Recorder:
-    """Records through OpenTelemetry's instruments."""
+def _show(meter: Meter, gauge: Gauge) -> None:
+    """Export what the gauge shows."""
 
-    def __init__(self, meter: Meter) -> None:
-        self._meter = meter
-        self._made: dict[str, Any] = {}
+    def look(_: CallbackOptions) -> Iterable[Observation]:
+        return [Observation(value, attributes) for value, attributes in gauge.read()]
 
-    def measure(
-        self, instrument: Instrument, value: float, attributes: Mapping[str, str], origin: SpanContext | None
-    ) -> None:
-        """Record one measurement, with its trace as its example."""
-        made = self._made.get(instrument.name) or self._make(instrument)
-        context = _NOWHERE if origin is None else set_span_in_context(NonRecordingSpan(origin), Context())
-        made(value, attributes, context)
-
-    def _make(self, instrument: Instrument) -> Callable[..., None]:
-        made: Callable[..., None]
-        if instrument.kind is Kind.COUNTER:
-            made = self._meter.create_counter(instrument.name, instrument.unit, instrument.description).add
-        else:
-            made = self._meter.create_histogram(
-                instrument.name,
-                instrument.unit,
-                instrument.description,
-                explicit_bucket_boundaries_advisory=BUCKETS_SECONDS,
-            ).record
-        self._made[instrument.name] = made
-        return made
-
-    def observe(self, gauge: Gauge) -> None:
-        """Export what the gauge shows."""
-
-        def look(_: CallbackOptions) -> Iterable[Observation]:
-            return [Observation(value, attributes) for value, attributes in gauge.read()]
-
-        self._meter.create_observable_gauge(gauge.name, [look], gauge.unit, gauge.description)
+    meter.create_observable_gauge(gauge.name, [look], gauge.unit, gauge.description)
 
 
 _provider: MeterProvider | None = None
@@ -130,9 +121,10 @@ def start(resource: Resource, release: str, settings: ServiceSettings) -> None:
     """
     global _provider, _page  # noqa: PLW0603 - OpenTelemetry's own provider is a process-wide global too
     readers: list[MetricReader] = []
+    aggregates = Aggregates(resource, release)
     if settings.metrics_port is not None:
         try:
-            _page = _Page(settings.metrics_host, settings.metrics_port)
+            _page = _Page(settings.metrics_host, settings.metrics_port, aggregates)
         except OSError as error:
             facts = {"host": settings.metrics_host, "port": settings.metrics_port, "reason": error.strerror}
             logger.error("metrics page not opened", extra=facts)  # noqa: TRY400 - the reason says all
@@ -140,16 +132,16 @@ def start(resource: Resource, release: str, settings: ServiceSettings) -> None:
             readers.append(_page.reader)
     if os.environ.get(ENDPOINT_VARIABLE):
         # Behind the page, which must not wait at the end for a collector that is away.
-        readers.append(_Reader(OTLPMetricExporter()))
+        readers.append(_Reader(_Exporter(aggregates)))
     if not readers:
         return
     _provider = MeterProvider(readers, resource=resource, views=_VIEWS, shutdown_on_exit=False)
     metrics.set_meter_provider(_provider)
-    recorder = _Recorder(_provider.get_meter("taskmesh", release))
+    meter = _provider.get_meter("taskmesh", release)
     for instrument in instruments.declared():
         if isinstance(instrument, Gauge):
-            recorder.observe(instrument)
-    instruments.send_to(recorder)
+            _show(meter, instrument)
+    instruments.send_to(aggregates)
     catalogue.BUILD_INFO.show([(1, {"version": release, "python_version": platform.python_version()})])
     # Nothing is lost yet: a counter that begins with its first loss has no increase to be seen.
     for signal in ("traces", "metrics"):
