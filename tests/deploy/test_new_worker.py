@@ -17,6 +17,7 @@ from taskmesh.topology import permissions, setup_permissions
 
 from .conftest import K8S, kustomize
 from .test_network_flows import places
+from .test_schemas import VERSIONS, against_kubernetes, against_operators, is_built_in, write
 from .test_secret_keys import made_keys, read_keys
 
 NEW = ("greetings-worker", "greetings-relay", "greetings-setup")
@@ -65,6 +66,18 @@ def test_nothing_of_the_service_that_it_is_modelled_on_is_left(with_a_worker):
 @pytest.mark.parametrize("check", [each for each in CHECKS.values() if each is not each_worker_scales_by_its_own_queue])
 def test_it_is_held_to_the_checks_of_every_other_service(with_a_worker, overlay: str, check: Check):
     assert check(with_a_worker(overlay)) == []
+
+
+def test_kubernetes_takes_its_built_in_kinds(with_a_worker):
+    documents = [each for each in with_a_worker("production") if "greetings" in each["metadata"]["name"]]
+
+    assert against_kubernetes([each for each in documents if is_built_in(each)], *VERSIONS) == ""
+
+
+def test_the_operators_take_their_kinds_of_it(with_a_worker, tmp_path):
+    documents = [each for each in with_a_worker("production") if "greetings" in each["metadata"]["name"]]
+
+    assert against_operators(write(tmp_path, [each for each in documents if not is_built_in(each)])) == ""
 
 
 def test_it_is_scaled_by_its_own_queue_and_its_own_work(with_a_worker):
