@@ -97,6 +97,13 @@ def test_images_are_pushed_by_the_engine_that_has_built_them(tmp_path, monkeypat
     assert written.count(digest) == len(SERVICES)
 
 
+def test_whoever_names_no_registry_is_told_which_variable_names_it(monkeypatch):
+    monkeypatch.delenv("REGISTRY", raising=False)
+
+    with pytest.raises(SystemExit, match="REGISTRY is not set"):
+        runpy.run_path(str(PIN))["main"]("production")
+
+
 def test_digests_are_written_into_an_overlay(tmp_path, monkeypatch, render):
     """Known ones, in place of what a push would have told."""
     deploy = tmp_path / "deploy"

@@ -138,6 +138,7 @@ def test_a_managed_data_plane_is_open_to_it(with_a_worker):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ((), "deploy/k8s/new-worker acme greetings"),
         (("nowhere", "greetings"), "there is no overlay nowhere"),
         (("production", "Greetings_2"), "a service is called by one word"),
     ],
