@@ -1,4 +1,4 @@
-"""A worker's container is told to stop, or is killed, with tasks running and tasks waiting: each is done once in effect.
+"""A worker's container is told to stop, or is killed, while it runs tasks and holds others: each is done once in effect.
 
 A service of the tests runs in billing-worker's image, because its tasks wait for a test's word. Needs what
 `test_containers.py` needs.
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
 
+import httpx
 import pytest
 
 from running_orders import Orders, orders_service
@@ -20,7 +21,7 @@ from taskmesh.testing.waiting import eventually
 from .test_containers import TAG, podman
 
 SERVICES = Path(__file__).parents[1] / "services"
-RUNNING, WAITING = 2, 10
+RUNNING, PREFETCHED = 2, 10
 GRACE_SECONDS = 120
 
 pytestmark = [
@@ -62,7 +63,7 @@ class Pods:
             "--entrypoint",
             "python",
             image,
-            "/services/fragile_orders.py",
+            "/services/prefetching_orders.py",
             "worker",
         )
         self.started.append(name)
@@ -89,11 +90,18 @@ class Pods:
         (self.orders.health / f"{task_id}.go").touch()
 
     def submit(self) -> tuple[list[str], list[str]]:
-        """Twelve tasks: those that have begun and are held, and those that wait."""
-        tasks = [self.orders.send("orders.loss.last") for _ in range(RUNNING + WAITING)]
+        """Twelve tasks, all in one worker's hands: those that have begun and are held, and those that wait there."""
+        tasks = [self.orders.send("orders.loss.last") for _ in range(RUNNING + PREFETCHED)]
         eventually(lambda: len(self._begun(tasks)) == RUNNING)
+        eventually(lambda: self._held() == RUNNING + PREFETCHED)
         running = self._begun(tasks)
         return running, [task for task in tasks if task not in running]
+
+    def _held(self) -> int:
+        """How many messages the broker has given out and not heard of since; its figure is some seconds old."""
+        with httpx.Client(base_url=self.orders.management_url, trust_env=False) as management:
+            queue = management.get(f"/api/queues/{self.orders.vhost}/orders").raise_for_status().json()
+        return int(queue.get("messages_unacknowledged", 0))
 
     def _begun(self, tasks: list[str]) -> list[str]:
         return [task for task in tasks if self.starts(task)]
@@ -140,4 +148,4 @@ def test_killed_what_ran_runs_again_elsewhere_and_everything_is_done_once(pods):
         assert pods.orders.wait(task_id) == "succeeded"
         assert pods.orders.notes(task_id) == ["done"]
     assert [pods.starts(task_id) for task_id in running] == [2] * RUNNING
-    assert [pods.starts(task_id) for task_id in waiting] == [1] * WAITING
+    assert [pods.starts(task_id) for task_id in waiting] == [1] * PREFETCHED

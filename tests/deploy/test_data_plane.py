@@ -148,6 +148,20 @@ def test_each_database_has_the_two_roles_that_the_library_makes(production, serv
     assert pooler["pgbouncer"]["poolMode"] == "session"
 
 
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_certificate_names_the_pooler_too_or_nobody_who_checks_it_gets_in(production, service):
+    """The operator makes it out to the cluster's own services; those of poolers are the cluster's to list."""
+    pooler = named(production, "Pooler", f"{service}-db-pooler")
+    cluster = named(production, "Cluster", pooler["spec"]["cluster"]["name"])
+    name, namespace = (pooler["metadata"][key] for key in ("name", "namespace"))
+
+    assert cluster["spec"]["certificates"]["serverAltDNSNames"] == [
+        name,
+        f"{name}.{namespace}",
+        f"{name}.{namespace}.svc",
+    ]
+
+
 def test_the_databases_of_a_laptop_have_the_same_two_roles():
     script = (LOCAL / "postgres" / "databases.sql").read_text()
     statements = [line.rstrip(";") for line in script.splitlines() if line and not line.startswith("--")]

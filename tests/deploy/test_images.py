@@ -78,6 +78,32 @@ def test_labels_say_what_it_is(service, dockerfile):
     assert described in labels
 
 
+def test_images_are_pushed_by_the_engine_that_has_built_them(tmp_path, monkeypatch):
+    """`build` takes buildah where there is neither docker nor podman."""
+    deploy, programs = tmp_path / "deploy", tmp_path / "programs"
+    shutil.copytree(PIN.parent, deploy / "images")
+    (deploy / "k8s" / "overlays" / "acme" / "images").mkdir(parents=True)
+    programs.mkdir()
+    digest = f"sha256:{7:064x}"
+    (programs / "buildah").write_text(f'#!/bin/sh\n[ "$1" != push ] || echo {digest} >"$3"\n')
+    (programs / "buildah").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.setenv("REGISTRY", "registry.acme.com/taskmesh")
+    monkeypatch.delenv("ENGINE", raising=False)
+
+    runpy.run_path(str(deploy / "images" / "pin"))["main"]("acme")
+
+    written = (deploy / "k8s" / "overlays" / "acme" / "images" / "kustomization.yaml").read_text()
+    assert written.count(digest) == len(SERVICES)
+
+
+def test_whoever_names_no_registry_is_told_which_variable_names_it(monkeypatch):
+    monkeypatch.delenv("REGISTRY", raising=False)
+
+    with pytest.raises(SystemExit, match="REGISTRY is not set"):
+        runpy.run_path(str(PIN))["main"]("production")
+
+
 def test_digests_are_written_into_an_overlay(tmp_path, monkeypatch, render):
     """Known ones, in place of what a push would have told."""
     deploy = tmp_path / "deploy"

@@ -15,6 +15,7 @@ from email_worker.tasks import app as email
 from gateway.routes import services
 from manifests import Documents, Resource, named, of_kind, pod_of
 from taskmesh.contracts.lifecycle import TaskKind
+from taskmesh.planning import sizing
 from taskmesh.settings import WorkerSettings
 from taskmesh.worker import WorkerApp
 from taskmesh.worker.app import configuration, kind_of
@@ -165,6 +166,20 @@ def test_value_matches_concurrency_when_only_the_setting_is_changed_or_is_caught
         each.get("data", {}).update({variable: value})
 
     assert wrong_sums(deployed(production, "billing-worker", monkeypatch)) != []
+
+
+def test_pods_come_and_go_as_the_plan_simulates_it(overlay):
+    """Else what docs/scaling.md shows is another autoscaler's doing."""
+    for each in of_kind(overlay, "ScaledObject"):
+        behavior = each["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+        for direction, rules in (("scaleUp", sizing.SCALE_UP), ("scaleDown", sizing.SCALE_DOWN)):
+            said = behavior[direction]
+            policies = {(it["type"], it["value"], it["periodSeconds"]) for it in said["policies"]}
+            assert said["stabilizationWindowSeconds"] == rules.stabilization_seconds
+            assert policies == {
+                ("Percent" if it.pods is None else "Pods", it.pods or it.percent, it.period_seconds)
+                for it in rules.policies
+            }
 
 
 def test_a_fallback_is_no_smaller_than_the_minimum(overlay):

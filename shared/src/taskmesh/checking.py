@@ -10,7 +10,7 @@ from pathlib import Path
 from sqlalchemy.exc import SQLAlchemyError
 
 from taskmesh import logs
-from taskmesh.database import is_migrated, is_unavailable
+from taskmesh.database import is_migrated, is_unavailable, reason_of
 from taskmesh.errors import TransientError
 from taskmesh.settings import CheckSettings
 
@@ -51,7 +51,7 @@ def patiently(work: Callable[[], None], *, seconds: float) -> None:
             away = isinstance(error, TransientError) or is_unavailable(error)
             if not away or time.monotonic() >= deadline:
                 raise
-            logger.warning("setup waits", extra={"reason": type(error).__name__})
+            logger.warning("setup waits", extra={"reason": reason_of(error)})
         time.sleep(LOOK_SECONDS)
 
 
@@ -59,4 +59,4 @@ def _reason(settings: CheckSettings, scripts: Path | None) -> str | None:
     try:
         return None if is_migrated(settings.database_url, scripts=scripts) else "setup has not run for this release"
     except SQLAlchemyError as error:
-        return f"the database cannot be read: {type(error).__name__}"
+        return f"the database cannot be read: {reason_of(error)}"

@@ -90,6 +90,21 @@ def is_unavailable(error: BaseException) -> bool:
     )
 
 
+def reason_of(error: BaseException) -> str:
+    """What stands against a connection in the driver's own words, without addresses; of any other error, its class.
+
+    `SSL error: certificate verify failed` tells an operator what to mend, and `OperationalError` does not. Errors of
+    statements quote rows, so of them nothing but the class is told.
+    """
+    cause = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) and error.orig is not None else error
+    if isinstance(cause, postgres_errors.OperationalError) and cause.sqlstate is None:
+        # One line for each address of the host, such as: connection to server at "::1", port 5432 failed: why
+        lines = [line.rpartition(" failed: ") for line in str(cause).splitlines()]
+        if reasons := dict.fromkeys(reason.strip() for _, found, reason in lines if found):
+            return "; ".join(reasons)
+    return type(cause).__name__
+
+
 def migrate(url: SecretStr | str, *, scripts: Path | None) -> None:
     """Bring a service's database to this release's schema: the library's tables, then the service's own.
 

@@ -30,7 +30,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from taskmesh import amqp, celery_protocol, exchanges, lifecycle, logs
 from taskmesh.contracts.lifecycle import LifecycleEvent, TaskState
 from taskmesh.contracts.manifest import Manifest
-from taskmesh.database import is_unavailable
+from taskmesh.database import is_unavailable, reason_of
 from taskmesh.errors import BrokerUnavailable, TransientError
 from taskmesh.health import Health
 from taskmesh.inbox import InboxState, inbox
@@ -547,4 +547,4 @@ def _tasks_of(rows: Sequence[OutboxRow]) -> dict[str, Any]:
 
 
 def _describe(error: BaseException) -> str:
-    return str(error) if isinstance(error, TransientError) else type(error).__name__
+    return str(error) if isinstance(error, TransientError) else reason_of(error)

@@ -27,8 +27,10 @@ from taskmesh.settings import WorkerSettings
 POLLING_SECONDS = 10
 METRIC_LAG_SECONDS = 5
 GRACE_MARGIN_SECONDS = 30
-SCALE_DOWN = Rules(stabilization_seconds=300.0, policies=(Policy(percent=25, period_seconds=60.0),))
-"""A quarter a minute: a pod that comes back costs its start-up, one that stays costs its rent."""
+SCALE_UP = Rules(policies=(Policy(percent=100, period_seconds=30.0), Policy(pods=4, period_seconds=30.0)))
+"""Doubled or four more within half a minute, which is about what a pod takes to start and be counted."""
+SCALE_DOWN = Rules(stabilization_seconds=300.0, policies=(Policy(pods=1, period_seconds=30.0),))
+"""One by one: a pod that comes back costs its start-up, one that stays costs its rent."""
 AIM = 0.5
 """The triggers aim at this share of the delay: they act late, and not at all within the HPA's tolerance."""
 MOST_BUSY = 0.85
@@ -187,13 +189,16 @@ def scaled_object(plan: Plan) -> ScaledObject:
         polling_seconds=plan.triggers.polling_seconds,
         cooldown_seconds=plan.triggers.cooldown_seconds,
         fallback=Fallback(replicas=plan.triggers.fallback_replicas),
+        scale_up=SCALE_UP,
         scale_down=SCALE_DOWN,
     )
 
 
 def autoscaler(plan: Plan) -> HorizontalPodAutoscaler:
     """The same bounds and rules for an HPA without KEDA."""
-    return HorizontalPodAutoscaler(plan.replicas.minimum, plan.replicas.maximum, scale_down=SCALE_DOWN)
+    return HorizontalPodAutoscaler(
+        plan.replicas.minimum, plan.replicas.maximum, scale_up=SCALE_UP, scale_down=SCALE_DOWN
+    )
 
 
 def pod_spec(plan: Plan) -> PodSpec:
