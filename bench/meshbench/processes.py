@@ -26,7 +26,9 @@ def tree(root: int) -> list[int]:
     for pid in pids:
         # It may end while we look.
         with contextlib.suppress(OSError):
-            pids += [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+            # A child belongs to the thread that has started it.
+            for children in Path(f"/proc/{pid}/task").glob("*/children"):
+                pids += [int(child) for child in children.read_text().split()]
     return pids
 
 
