@@ -35,6 +35,9 @@ PACKAGES = (
     "aio-pika",
 )
 
+CODE = (":/", ":!/bench/results", ":!/docs")
+"""Whose changes make a measured commit another one."""
+
 
 def describe(ground: Ground) -> dict[str, Any]:
     """Everything that a reader has to know to compare these figures with others."""
@@ -45,7 +48,7 @@ def describe(ground: Ground) -> dict[str, Any]:
     return {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *CODE)),
         "machine": {
             "processor": _processor(),
             "cores": len(os.sched_getaffinity(0)),

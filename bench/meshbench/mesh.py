@@ -61,8 +61,7 @@ class Mesh:
             "gateway": gateway,
             "bench": gateway | {"TASKMESH_DATABASE_URL": self.service_database_url},
         }
-        self._set_up()
-        self.headers = (f"Authorization: Bearer {self._key()}",)
+        self.headers = (f"Authorization: Bearer {self._set_up()}",)
 
     def start(self, *names: str) -> None:
         """Have these roles running, and ready."""
@@ -131,17 +130,20 @@ class Mesh:
                 seconds=max(seconds, READY_SECONDS),
             )
 
-    def _set_up(self) -> None:
+    def _set_up(self) -> str:
+        """Have everything migrated, declared and announced; returns an API key."""
+        service = subprocess.Popen(
+            [sys.executable, str(SERVICE), "setup"], env=self._environments["bench"], stdout=subprocess.DEVNULL
+        )
         gateway = [sys.executable, "-m", "gateway", "setup"]
         subprocess.run(gateway, env=self._environments["gateway"], check=True, stdout=subprocess.DEVNULL)
-        service = [sys.executable, str(SERVICE), "setup"]
-        subprocess.run(service, env=self._environments["bench"], check=True, stdout=subprocess.DEVNULL)
+        key = make_key(self._environments["gateway"])
+        if service.wait():
+            raise RuntimeError("the service could not be set up")
         with self.service_database() as database:
             database.execute(EFFECTS)
         asyncio.run(announce(self.place.database_url))
-
-    def _key(self) -> str:
-        return make_key(self._environments["gateway"])
+        return key
 
     def _environment(self, role: str) -> dict[str, str]:
         return self._environments["bench" if role.startswith("worker") else "gateway"]

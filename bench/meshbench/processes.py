@@ -139,6 +139,8 @@ class Role:
         """Ask it to end, and kill it with all its descendants when it has not in time."""
         family = tree(self.pid)
         self.process.terminate()
+        # One that stands still would not hear of it.
+        self.send(signal.SIGCONT)
         try:
             self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:

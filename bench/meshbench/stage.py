@@ -18,8 +18,8 @@ from meshbench.mesh import Mesh
 from meshbench.processes import Role, plain_environment
 from noop_service import EFFECTS
 
-WARM_SECONDS = 1.0
-WARM_TASKS = 500
+WARM_SHARE = 0.25
+"""Of what a turn does that counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +67,12 @@ class Stage:
     @property
     def seconds(self) -> float:
         """How long a turn that is timed takes."""
-        return min(self.sizes.seconds, WARM_SECONDS) if self._warming else self.sizes.seconds
+        return self.sizes.seconds * (WARM_SHARE if self._warming else 1)
 
     @property
     def tasks(self) -> int:
         """How many tasks a turn works off."""
-        return min(self.sizes.tasks, WARM_TASKS) if self._warming else self.sizes.tasks
+        return int(self.sizes.tasks * (WARM_SHARE if self._warming else 1))
 
     def contest(self, contestants: Mapping[str, Turn]) -> dict[str, list[Figures]]:
         """Have everybody do a little of it for nothing, and then all rounds."""
@@ -98,7 +98,7 @@ class Rival:
         self._ground = ground
         self.place: Place = ground.place(name)
         self.environment = plain_environment() | self.place.environment(self._folder)
-        self._exits = contextlib.ExitStack()
+        self._roles: list[Role] = []
         with self.database() as database:
             database.execute(EFFECTS)
 
@@ -111,11 +111,15 @@ class Rival:
             raise RuntimeError(done.stderr[-2000:])
 
     def start(self, words: Sequence[str], *, ready: str = "rival.ready", name: str = "rival") -> Role:
-        """Start a program, and wait until it is ready."""
+        """Start a program, and do not wait until it is ready."""
         role = Role.start(words, self.environment, log=self._folder / f"{name}.log", ready=self._folder / ready)
-        self._exits.callback(role.stop)
-        role.wait_until_ready()
+        self._roles.append(role)
         return role
+
+    def wait_until_ready(self) -> None:
+        """Wait for all programs that were started."""
+        for role in self._roles:
+            role.wait_until_ready()
 
     def serve(self, module: str) -> Role:
         """Serve a rival's application as the gateway is served."""
@@ -133,4 +137,5 @@ class Rival:
         return self._folder
 
     def stop(self) -> None:
-        self._exits.close()
+        for role in self._roles:
+            role.stop()

@@ -27,7 +27,7 @@ DRAMATIQ = {"prefork": ("2", "8"), "threads": ("1", "8")}
 
 def drain(stage: Stage) -> list[Measured]:
     """With a pool of two processes, then with one of eight threads."""
-    return [_drain(stage, pool) for pool in POOLS]
+    return [_drain(stage, pool) for pool in POOLS if pool == "prefork" or not stage.sizes.quick]
 
 
 def _drain(stage: Stage, pool: str) -> Measured:
@@ -80,6 +80,8 @@ def _contestants(stage: Stage, pool: str, ours: str) -> Iterator[dict[str, Turn]
         contestants[f"Procrastinate, {processes} x {threads} coroutines, one transaction each"] = partial(
             _procrastinate_turn, stage, table, takers
         )
+        for each in (celery, rival, table):
+            each.wait_until_ready()
         yield contestants
 
 

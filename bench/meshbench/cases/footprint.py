@@ -7,19 +7,21 @@ import time
 from meshbench.contest import Column, Measured
 from meshbench.figures import Figures
 from meshbench.mesh import ROLES
-from meshbench.processes import MIB, cpu_seconds, memory
+from meshbench.processes import MIB, Meter, memory
 from meshbench.stage import Stage
 
 ROUNDS = 2
 """Starting all roles takes long, and always about as long."""
+SETTLING_SECONDS = 2
+IDLE_SECONDS = 10
 
 
 def footprint(stage: Stage) -> list[Measured]:
     """Every role started alone, and then all of them left to themselves."""
     mesh = stage.mesh("prefork")
     mesh.clear()
-    turns: dict[str, list[Figures]] = {name: [] for name in ROLES}
-    idle_seconds = stage.sizes.seconds
+    turns: dict[str, list[Figures]] = {name: [] for name in (*ROLES, *stage.ground.roots())}
+    idle_seconds = 1 if stage.sizes.quick else IDLE_SECONDS
     for _ in range(1 if stage.sizes.quick else ROUNDS):
         mesh.stop()
         started = {}
@@ -28,25 +30,25 @@ def footprint(stage: Stage) -> list[Measured]:
             mesh.start(name)
             started[name] = time.monotonic() - begun
         # What a start leaves to be done has nothing to do with being idle.
-        time.sleep(idle_seconds / 2)
-        before = {name: cpu_seconds(role.pid) for name, role in mesh.roles.items()}
+        time.sleep(SETTLING_SECONDS)
+        meter = Meter(mesh.roots(*ROLES))
+        meter.begin()
         time.sleep(idle_seconds)
-        for name, role in mesh.roles.items():
-            held = memory(role.pid)
-            idle = (cpu_seconds(role.pid) - before[name]) / idle_seconds
-            turns[name].append(
-                {
-                    "ready": started[name],
-                    "idle": 100 * idle,
-                    "rss": held.resident / MIB,
-                    "pss": held.proportional / MIB,
-                }
-            )
+        for name, seconds in meter.cpu().items():
+            held = memory(meter.roots[name])
+            figures = {
+                "idle": 100 * seconds / idle_seconds,
+                "rss": held.resident / MIB,
+                "pss": held.proportional / MIB,
+            }
+            if name in started:
+                figures["ready"] = started[name]
+            turns[name].append(figures)
     # They would find fault with what other cases do to the ledger.
     mesh.stop("scheduler", "reconciler")
     whole = [
         {figure: sum(each[figure] for each in every) for figure in every[0]}
-        for every in zip(*turns.values(), strict=True)
+        for every in zip(*(turns[name] for name in ROLES), strict=True)
     ]
     return [
         Measured(
@@ -58,7 +60,7 @@ def footprint(stage: Stage) -> list[Measured]:
                 Column(figure="rss", title="RSS MiB"),
                 Column(figure="pss", title="PSS MiB"),
             ],
-            turns=turns | {"all of them": whole},
+            turns=turns | {"all roles": whole},
             note="The worker has a pool of two processes: its memory is that of three.",
         )
     ]

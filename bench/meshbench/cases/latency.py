@@ -72,6 +72,8 @@ def _contestants(stage: Stage) -> Iterator[Mapping[str, Turn]]:
         contestants["FastAPI + Procrastinate, one transaction"] = lambda: _turn(
             table.database, stage, port=route.port(), roots=table.roots(worker=taker, api=route)
         )
+        celery.wait_until_ready()
+        table.wait_until_ready()
         yield contestants
 
 

@@ -96,7 +96,7 @@ def _contestants(
     stage: Stage, loads: Loads, *, tasks_in_request: int, whole: bool = True
 ) -> Iterator[Mapping[str, Turn]]:
     measure = partial(_turn, tasks_in_request=tasks_in_request)
-    alone = stage.mesh("threads")
+    alone = stage.mesh("prefork" if stage.sizes.quick else "threads")
     alone.stop(*BEHIND)
     alone.start("api")
     contestants: dict[str, Turn] = {
@@ -106,7 +106,7 @@ def _contestants(
             clear=alone.clear,
         )
     }
-    if whole:
+    if whole and not stage.sizes.quick:
         busy = stage.mesh("prefork")
         busy.start("api", *BEHIND)
         contestants[WHOLE] = lambda: measure(
@@ -130,6 +130,8 @@ def _contestants(
             contestants[name] = lambda rival=rival, server=server: measure(
                 loads(server.port(), ()), rival.roots(server=server), clear=partial(_clear, rival)
             )
+        for rival in rivals:
+            rival.wait_until_ready()
         yield contestants
     finally:
         for rival in rivals:
