@@ -36,8 +36,8 @@ class Sizes:
     """
 
     rounds: int = 3
-    seconds: float = 4.0
-    tasks: int = 2000
+    seconds: float = 3.0
+    tasks: int = 1500
     rows: int = 200_000
     waiting: int = 50_000
     listeners: int = 500

@@ -108,6 +108,7 @@ def mesh_turn(mesh: Mesh, tasks: int) -> Figures:
         with worker.paused():
             mesh.fill(tasks)
             mesh.until_published()
+            assert not count(service, "select count(*) from effects"), "somebody works who should stand still"
             meter.begin()
             begun = time.monotonic()
         until(lambda: count(service, "select count(*) from effects") == tasks, worker.last_words)
@@ -130,6 +131,8 @@ def _rival_turn(
     meter = Meter(rival.roots(worker=role))
     with role.paused():
         fill()
+        with rival.database() as database:
+            assert not count(database, "select count(*) from effects"), "somebody works who should stand still"
         meter.begin()
         begun = time.monotonic()
     if finish is None:
