@@ -100,7 +100,7 @@ class _Caller(asyncio.Protocol):
     """One connection, with one request on it at a time."""
 
     def __init__(
-        self, requests: Iterator[bytes], answered: Callable[[_Caller, bytes], None], lost: Callable[[], None]
+        self, requests: Iterator[bytes], answered: Callable[[_Caller, bytes], None], lost: Callable[[_Caller], None]
     ) -> None:
         self._requests = requests
         self._answered = answered
@@ -113,7 +113,7 @@ class _Caller(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
-        self._lost()
+        self._lost(self)
 
     def send(self, due: float, epoch: float) -> None:
         """Send the request that was due then.
@@ -153,7 +153,10 @@ class _Run:
         self._refused = 0
         self._refusal = ""
         self._waiting: deque[float] = deque()
-        self._idle: list[_Caller] = []
+        # The one that has been idle longest comes first: servers close connections that nobody uses.
+        self._idle: deque[_Caller] = deque()
+        self._requests = cycle(load.requests())
+        self._connecting: set[asyncio.Task[None]] = set()
         self._finished = asyncio.Event()
         self._begun = 0.0
         self._ended = 0.0
@@ -163,15 +166,7 @@ class _Run:
         self._epoch = time.time() - time.monotonic()
 
     async def __call__(self) -> Outcome:
-        loop = asyncio.get_running_loop()
-        requests = cycle(self._load.requests())
-        made = [
-            await loop.create_connection(
-                lambda: _Caller(requests, self._answered, self._lost), "127.0.0.1", self._load.port
-            )
-            for _ in range(self._load.connections)
-        ]
-        callers = [caller for _, caller in made]
+        callers = [await self._connect() for _ in range(self._load.connections)]
         used = _cpu_seconds()
         self._begun = self._ended = time.monotonic()
         if self._load.rate:
@@ -184,7 +179,7 @@ class _Run:
         async with asyncio.timeout(self._load.seconds + PATIENCE_SECONDS):
             await self._finished.wait()
         used = _cpu_seconds() - used
-        for caller in callers:
+        for caller in {*callers, *self._idle}:
             caller.close()
         return Outcome(
             count=len(self._latencies),
@@ -203,7 +198,7 @@ class _Run:
             self._next += 1
             if self._idle:
                 self._open += 1
-                self._idle.pop().send(due, self._epoch)
+                self._idle.popleft().send(due, self._epoch)
             else:
                 self._waiting.append(due)
         if self._next < self._total:
@@ -218,19 +213,42 @@ class _Run:
             self._refusal = self._refusal or answer[:2000].decode(errors="replace")
         if not self._load.rate and now < self._begun + self._load.seconds:
             caller.send(now, self._epoch)
-        elif self._waiting:
-            caller.send(self._waiting.popleft(), self._epoch)
         else:
             self._open -= 1
-            self._idle.append(caller)
-            if self._open == 0 and self._next == self._total:
-                self._finished.set()
+            self._free(caller)
 
-    def _lost(self) -> None:
-        if not self._finished.is_set():
-            self._refused += 1
-            self._refusal = self._refusal or "the server closed a connection"
+    def _free(self, caller: _Caller) -> None:
+        """Have a connection send what waits, if anything does."""
+        if self._waiting:
+            self._open += 1
+            caller.send(self._waiting.popleft(), self._epoch)
+            return
+        self._idle.append(caller)
+        if self._open == 0 and self._next == self._total:
             self._finished.set()
+
+    def _lost(self, caller: _Caller) -> None:
+        if self._finished.is_set():
+            return
+        if caller in self._idle:
+            # Servers may do that, and callers connect again.
+            self._idle.remove(caller)
+            connecting = asyncio.get_running_loop().create_task(self._reconnect())
+            self._connecting.add(connecting)
+            connecting.add_done_callback(self._connecting.discard)
+            return
+        self._refused += 1
+        self._refusal = self._refusal or "the server closed a connection"
+        self._finished.set()
+
+    async def _connect(self) -> _Caller:
+        _, caller = await asyncio.get_running_loop().create_connection(
+            lambda: _Caller(self._requests, self._answered, self._lost), "127.0.0.1", self._load.port
+        )
+        return caller
+
+    async def _reconnect(self) -> None:
+        self._free(await self._connect())
 
 
 async def apply(load: Load) -> Outcome:

@@ -127,6 +127,21 @@ async def test_a_connection_that_the_server_closes_is_no_success():
         outcome.demand_success()
 
 
+async def test_a_connection_that_is_closed_between_requests_is_made_again():
+    """As servers do with those that nobody uses for a while; the next request does not notice."""
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(ACCEPTED)
+        writer.close()
+
+    async with await asyncio.start_server(converse, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        outcome = await apply(Load(port=port, method="GET", connections=2, rate=50, seconds=0.1))
+
+    assert (outcome.count, outcome.refused) == (5, 0)
+
+
 async def test_an_answer_in_pieces_is_one_answer():
     """Each byte comes by itself."""
 
