@@ -42,6 +42,14 @@ def cpu_seconds(root: int) -> float:
     return ticks / TICKS
 
 
+def busy_seconds() -> float:
+    """What the machine's cores have worked so far, for whomever."""
+    name, *ticks = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    assert name == "cpu"
+    user, nice, system, _idle, _waiting, *interrupts = (int(value) for value in ticks[:8])
+    return (user + nice + system + sum(interrupts)) / TICKS
+
+
 @dataclass(frozen=True, slots=True)
 class Memory:
     """Of a process and its descendants, in bytes: what each could touch, and its fair share of what is shared."""
@@ -177,16 +185,28 @@ class Meter:
 
     roots: Mapping[str, int]
     _before: dict[str, float] = field(default_factory=dict)
+    _begun: float = 0.0
+    _others: float = 0.0
 
     def begin(self) -> None:
         self._before = {name: cpu_seconds(pid) for name, pid in self.roots.items()}
+        self._begun, self._others = time.monotonic(), self._strangers()
 
     def cpu(self) -> dict[str, float]:
         """Seconds of processor time since `begin`."""
         return {name: cpu_seconds(pid) - self._before[name] for name, pid in self.roots.items()}
 
+    def elsewhere(self) -> float:
+        """How many cores were busy since `begin` with what is not of this benchmark: it makes all rates worse."""
+        return max(0.0, self._strangers() - self._others) / (time.monotonic() - self._begun)
+
+    @staticmethod
+    def _strangers() -> float:
+        # Everything that a run starts, the servers too, descends from this process.
+        return busy_seconds() - cpu_seconds(os.getpid())
+
     def figures(self, count: int, **also: float) -> dict[str, float]:
-        """Processor seconds per 1,000 tasks of each and in all, and the memory of each now.
+        """Processor seconds per 1,000 tasks of each and in all, the memory of each now, and what others have used.
 
         Args:
             count: The tasks that were done since `begin`.
@@ -195,5 +215,6 @@ class Meter:
         spent = self.cpu()
         made = {f"cpu.{name}": 1000 * seconds / count for name, seconds in (spent | also).items()}
         made["cpu"] = 1000 * sum(spent.values()) / count
+        made["elsewhere"] = self.elsewhere()
         made |= {f"mib.{name}": memory(pid).proportional / MIB for name, pid in self.roots.items()}
         return made

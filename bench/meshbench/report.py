@@ -29,14 +29,26 @@ def text(measured: Measured) -> str:
     table = rows(measured)
     widths = [max(len(row[index]) for row in table) for index in range(len(table[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    return "\n".join([measured.title, *lines, *([measured.note] if measured.note else [])])
+    return "\n".join([measured.title, *lines, *_remarks(measured)])
 
 
 def markdown(measured: Measured) -> str:
     """The table for a page."""
     heading, *table = rows(measured)
     lines = [_line(heading), _line(["---", *["---:"] * (len(heading) - 1)]), *(_line(row) for row in table)]
-    return "\n".join([f"### {measured.title}", "", *lines, "", *([f"{measured.note}\n"] if measured.note else [])])
+    return "\n".join([f"### {measured.title}", "", *lines, "", *(f"{each}\n" for each in _remarks(measured))])
+
+
+def _remarks(measured: Measured) -> list[str]:
+    remarks = [measured.note] if measured.note else []
+    others = [turn["elsewhere"] for turns in measured.turns.values() for turn in turns if "elsewhere" in turn]
+    if others:
+        spread = Spread.of(others)
+        remarks.append(
+            f"Programs that are not of the benchmark kept {spread.median:.2f} cores busy meanwhile"
+            f" ({spread.least:.2f} to {spread.most:.2f} in a turn)."
+        )
+    return remarks
 
 
 def _line(cells: Sequence[str]) -> str:
