@@ -66,7 +66,7 @@ $(RIVALS): $(INSTALLED)
 	@touch $@
 BENCH = PYTHONPATH=bench $(PYTHON) -m meshbench
 
-bench: $(RIVALS) ## Measure Taskmesh against others, 10 minutes: make bench args="--only submit --rounds 5"
+bench: $(RIVALS) ## Measure Taskmesh against others, 10 to 15 minutes: make bench args="--only submit --rounds 5"
 	@$(BENCH) $(args)
 
 bench-quick: $(RIVALS) ## The first cases of it in 90 seconds; records, and never fails on a figure
