@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -66,6 +65,23 @@ def projector(stage: Stage) -> list[Measured]:
     ]
 
 
+class _Alone:
+    """What the servers cost and this very process, whose descendants are everything else."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._meter = Meter(mesh.ground.roots())
+        self._used = 0.0
+
+    def begin(self) -> None:
+        self._meter.begin()
+        self._used = time.process_time()
+
+    def figures(self, count: int) -> dict[str, float]:
+        own = time.process_time() - self._used
+        figures = self._meter.figures(count, own=own)
+        return figures | {"cpu": figures["cpu"] + figures["cpu.own"]}
+
+
 def _relay_turn(mesh: Mesh, rows: int) -> Figures:
     mesh.clear()
     role = mesh.roles["relay"]
@@ -83,7 +99,7 @@ def _relay_turn(mesh: Mesh, rows: int) -> Figures:
 
 def _delete_turn(mesh: Mesh, rows: int) -> Figures:
     mesh.clear()
-    meter = Meter({"own": os.getpid()} | dict(mesh.ground.roots()))
+    meter = _Alone(mesh)
     with mesh.roles["relay"].paused():
         mesh.fill(rows)
         meter.begin()
@@ -107,7 +123,7 @@ def _delete_turn(mesh: Mesh, rows: int) -> Figures:
 
 def _publish_turn(mesh: Mesh, rows: int) -> Figures:
     mesh.clear()
-    meter = Meter({"own": os.getpid()} | dict(mesh.ground.roots()))
+    meter = _Alone(mesh)
     pipeline = Pipeline(
         mesh.place.amqp_url,
         exchange=exchanges.COMMANDS,
@@ -149,7 +165,7 @@ def _copy_turn(mesh: Mesh, events: int) -> Figures:
         for table in kept:
             ledger.execute(f"drop table if exists copied_{table}".encode())
             ledger.execute(f"create table copied_{table} (like {table} including all)".encode())
-        meter = Meter({"own": os.getpid()} | dict(mesh.ground.roots()))
+        meter = _Alone(mesh)
         meter.begin()
         begun = time.monotonic()
         with ledger.transaction(), ledger.cursor() as cursor:

@@ -58,7 +58,12 @@ def main() -> None:
     children = [context.Process(target=_process, args=(concurrency,)) for _ in range(processes)]
     for child in children:
         child.start()
-    signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in children])
+
+    def stop(*_: object) -> None:
+        for child in children:
+            child.terminate()
+
+    signal.signal(signal.SIGTERM, stop)
     ready()
     for child in children:
         child.join()
