@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -37,6 +38,8 @@ QUICK = ("submit", "drain", "latency")
 def main() -> int:
     """Run the cases, print what they have come to, and write it down."""
     options = _parser().parse_args()
+    # By itself the signal would leave servers and roles running.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     quick = Sizes(rounds=1, seconds=1.0, tasks=500, rows=20_000, waiting=5_000, listeners=100, quick=True)
     usual = quick if options.quick else Sizes()
     sizes = Sizes(
