@@ -14,7 +14,7 @@ JOBS ?= 3
 # `make test RABBITMQ=4`, `make up RABBITMQ=4`: see docs/rabbitmq.md.
 export TASKMESH_RABBITMQ := $(or $(RABBITMQ),$(TASKMESH_RABBITMQ))
 
-.PHONY: help install up down status logs demo traces test faults faults-long faults-planted faults-alerts bench-telemetry costs scaling dashboards k8s-tools k8s-check k8s-render images check fmt
+.PHONY: help install up down status logs demo traces test faults faults-long faults-planted faults-alerts bench bench-quick bench-telemetry costs scaling dashboards k8s-tools k8s-check k8s-render images check fmt
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,20 @@ faults-planted: $(INSTALLED) ## Plant bugs in the mesh, and check that a campaig
 
 faults-alerts: $(INSTALLED) ## Provoke the fault of each alert in a mesh that a real Prometheus watches
 	@$(PYTHON) -m pytest -m faults tests/observability $(args)
+
+# The programs that Taskmesh is measured against are in the group `bench`: nothing else installs them.
+RIVALS := .venv/.rivals
+$(RIVALS): $(INSTALLED)
+	@echo "installing what Taskmesh is measured against (uv sync)" >&2
+	@UV_PYTHON_DOWNLOADS=never .taskmesh/tools/bin/uv sync --frozen --quiet --inexact --group bench --python $(PYTHON)
+	@touch $@
+BENCH = PYTHONPATH=bench $(PYTHON) -m meshbench
+
+bench: $(RIVALS) ## Measure Taskmesh against others, 10 to 15 minutes: make bench args="--only submit --rounds 5"
+	@$(BENCH) $(args)
+
+bench-quick: $(RIVALS) ## The first cases of it in 90 seconds; records, and never fails on a figure
+	@$(BENCH) --quick $(args)
 
 bench-telemetry: $(INSTALLED) ## Measure what telemetry costs the gateway and a worker
 	@$(PYTHON) bench/telemetry.py $(args)

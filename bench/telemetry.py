@@ -13,8 +13,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
-import re
 import secrets
 import signal
 import statistics
@@ -22,18 +20,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
 
 import pika
 import psycopg
-from noop_service import EFFECTS, DoNothing, app
-from sqlalchemy.ext.asyncio import create_async_engine
 
-from gateway import catalogue
+from meshbench.load import Load, apply
+from meshbench.mesh import announce, make_key
+from meshbench.processes import Role, plain_environment, running, until
+from noop_service import EFFECTS, DoNothing
 from taskmesh import celery_protocol
 from taskmesh.celery_protocol import TaskMessage
 from taskmesh.parts.postgres import create_database
@@ -43,8 +41,6 @@ from taskmesh_local.collector import collecting
 
 SERVICE = Path(__file__).with_name("noop_service.py")
 ALLOWED = {"gateway": 0.08, "worker": 0.10}
-READY_SECONDS = 120
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -68,52 +64,9 @@ Turns = Mapping[str, Callable[[], Turn]]
 """What "on" and "off" do when it is their turn."""
 
 
-@dataclass
-class Role:
-    """A running process, and what it has forked."""
-
-    process: subprocess.Popen[bytes]
-    folder: Path
-
-    def pids(self) -> list[int]:
-        pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return [pid, *(int(child) for child in children)]
-
-    def cpu_seconds(self) -> float:
-        fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in self.pids()]
-        return sum(int(values[11]) + int(values[12]) for values in fields) / TICKS
-
-    def send(self, number: signal.Signals) -> None:
-        for pid in self.pids():
-            os.kill(pid, number)
-
-
-@contextlib.contextmanager
-def running(words: Sequence[str], environment: Mapping[str, str], ready: str) -> Iterator[Role]:
-    """Run a role until the end of the block; yields it when it is ready."""
-    folder = Path(environment["TASKMESH_HEALTH_DIR"])
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, *words], env=environment, stdout=log, stderr=log)
-    try:
-        until((folder / ready).exists, lambda: (folder / "log").read_text()[-2000:])
-        yield Role(process, folder)
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def until(probe: Callable[[], object], explain: Callable[[], str] = lambda: "") -> None:
-    deadline = time.monotonic() + READY_SECONDS
-    while not probe():
-        if time.monotonic() > deadline:
-            raise TimeoutError(explain())
-        time.sleep(0.02)
-
-
 def environments(folder: Path, endpoint: str, **variables: str) -> dict[str, dict[str, str]]:
     """The environment of each of the two: "on" has a collector."""
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(("OTEL_", "TASKMESH_"))}
+    plain = plain_environment()
     made = {}
     for name in ("off", "on"):
         (folder / name).mkdir(parents=True)
@@ -125,44 +78,17 @@ def environments(folder: Path, endpoint: str, **variables: str) -> dict[str, dic
 # The gateway
 
 
-async def submit_all(port: int, key: str, *, connections: int, seconds: float) -> int:
-    """Submit from so many connections at once, each waiting for its answer; returns how many were accepted."""
-    body = json.dumps({"type": DoNothing.type_name, "payload": {}}).encode()
-    request = (
-        f"POST /v1/tasks HTTP/1.1\r\nHost: bench\r\nAuthorization: Bearer {key}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    ).encode() + body
-    deadline = time.monotonic() + seconds
-
-    async def caller() -> int:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        accepted = 0
-        while time.monotonic() < deadline:
-            writer.write(request)
-            head = await reader.readuntil(b"\r\n\r\n")
-            await reader.readexactly(int(re.search(rb"content-length: (\d+)", head)[1]))
-            if not head.startswith(b"HTTP/1.1 202"):
-                raise RuntimeError(head.decode())
-            accepted += 1
-        writer.close()
-        return accepted
-
-    return sum(await asyncio.gather(*(caller() for _ in range(connections))))
-
-
 def gateway_turn(role: Role, key: str, options: argparse.Namespace) -> Turn:
-    [port] = re.findall(r"http://127\.0\.0\.1:(\d+)", (role.folder / "log").read_text())
-    cpu, begun = role.cpu_seconds(), time.monotonic()
-    count = asyncio.run(submit_all(int(port), key, connections=options.connections, seconds=options.seconds))
-    return Turn(count, time.monotonic() - begun, role.cpu_seconds() - cpu)
-
-
-async def announce(database_url: str) -> None:
-    """Let the gateway know the one type that there is."""
-    engine = create_async_engine(database_url.replace("postgresql://", "postgresql+psycopg://"))
-    async with engine.begin() as connection:
-        await catalogue.store(connection, app.manifest().model_copy(update={"announced_at": datetime.now(UTC)}))
-    await engine.dispose()
+    load = Load(
+        port=role.port(),
+        headers=(f"Authorization: Bearer {key}",),
+        body=json.dumps({"type": DoNothing.type_name, "payload": {}}),
+        connections=options.connections,
+        seconds=options.seconds,
+    )
+    cpu = role.cpu_seconds()
+    outcome = asyncio.run(apply(load)).demand_success()
+    return Turn(outcome.count, outcome.seconds, role.cpu_seconds() - cpu)
 
 
 @contextlib.contextmanager
@@ -186,8 +112,7 @@ def gateways(
     gateway = [sys.executable, "-m", "gateway"]
     subprocess.run([*gateway, "setup"], env=both["off"], check=True, stdout=subprocess.DEVNULL)
     asyncio.run(announce(database_url))
-    words = [*gateway, "keys", "create", "--name", "bench", "--scopes", "tasks:write"]
-    key = subprocess.run(words, env=both["off"], check=True, capture_output=True, text=True).stdout.split()[-1]
+    key = make_key(both["off"])
     with contextlib.ExitStack() as stack:
         roles = {
             name: stack.enter_context(running(["-m", "gateway", "api"], environment, "gateway-api.ready"))
