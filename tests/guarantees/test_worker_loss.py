@@ -80,6 +80,36 @@ def test_hard_time_limit(orders: Fragile, ledger: Gateway) -> None:
     assert (orders.starts(task_id), orders.attempts(task_id)) == (2, 2)
 
 
+def test_the_main_process_has_an_error_that_nobody_foresaw(orders: Fragile, ledger: Gateway) -> None:
+    """It ends at once, with its pool; what ran runs again, and its start is not counted. It had waited for minutes."""
+    task_id = orders.send("orders.loss.whole")
+    orders.started(task_id)
+    children = orders.children()
+
+    (orders.health / "break").touch()
+
+    assert orders.processes["worker"].wait(30) == 1
+    eventually(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+    orders.start("worker")
+    assert ledger.outcome(task_id)["state"] == "succeeded"
+    assert orders.one_effect(task_id)
+    assert (orders.starts(task_id), orders.attempts(task_id)) == (2, 1)
+
+
+def test_soft_time_limit_while_a_result_is_written(orders: Fragile, ledger: Gateway) -> None:
+    """It was raised in the middle of the result, and the main process ended for a message that it could not read."""
+    log = orders.health / "worker.log"
+    before = len(log.read_text())
+    tasks = [orders.send("orders.loss.late") for _ in range(5)]
+
+    assert {ledger.outcome(task_id)["state"] for task_id in tasks} == {"succeeded"}
+    assert ledger.outcome(orders.send("orders.loss.kill", times=0))["state"] == "succeeded"
+    # What comes to no end, is given back, or ends a process of the pool is told.
+    told = [line for line in log.read_text()[before:].splitlines() if "WARNING" in line or "ERROR" in line]
+    assert told == []
+    assert [orders.starts(task_id) for task_id in tasks] == [1] * 5
+
+
 def test_worker_loss_between_a_failure_and_its_dead_letter(orders: Fragile, ledger: Gateway) -> None:
     """The failure is committed and the process gone: the message still comes to the dead letters, and nothing runs."""
     task_id = orders.send("orders.loss.parks")

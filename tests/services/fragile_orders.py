@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from celery.exceptions import Reject
+from celery.exceptions import Ignore, Reject
+from celery.signals import worker_ready
 from sqlalchemy import text
 
 from orders import app, record
@@ -37,6 +38,22 @@ def wait_for(name: str) -> None:
     """Wait until the test, or another task, has made the file."""
     while not (FOLDER / name).exists():
         time.sleep(POLL_SECONDS)
+
+
+@worker_ready.connect
+def break_when_told(sender: Any, **_: Any) -> None:
+    """Have the main process's loop fail as soon as the test has made a file."""
+
+    def fail() -> None:
+        raise RuntimeError("the loop is broken")
+
+    def look() -> None:
+        if (FOLDER / "break").exists():
+            (FOLDER / "break").unlink()
+            # A timer's errors are caught, these are not.
+            sender.hub.call_soon(fail)
+
+    sender.hub.call_repeatedly(POLL_SECONDS, look)
 
 
 def hold(task: MeshTask) -> None:
@@ -64,6 +81,31 @@ class DiesAfterParking(MeshTask):
             if not (self.request.headers or {}).get("x-delivery-count"):
                 os.kill(os.getpid(), signal.SIGKILL)
             raise
+
+
+class Late:
+    """Is reached by the soft time limit while its process writes it to the main process."""
+
+    def __reduce__(self) -> tuple[type[Late], tuple[()]]:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return Late, ()
+
+
+class EndsWithItsLimit(MeshTask):
+    """Its soft time limit comes when its outcome is committed, and the main process does not know yet."""
+
+    abstract = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        super().__call__(*args, **kwargs)
+        raise Ignore(Late())
+
+
+@app.task(name="orders.loss.late", bind=True, base=EndsWithItsLimit)
+def late(self: MeshTask) -> None:
+    """Ends as its time does."""
+    begin(self)
+    record(self, "done")
 
 
 @app.task(name="orders.loss.parks", bind=True, base=DiesAfterParking)

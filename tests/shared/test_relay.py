@@ -486,6 +486,35 @@ async def test_a_publish_is_a_producer_span_in_the_message_s_own_trace(engine, b
     assert bad.attributes["error.type"] == "returned"
 
 
+async def test_a_message_that_is_published_again_has_one_span(engine, broker, monkeypatch):
+    """The database was lost between the broker's answer and the commit: a trace that began there had two roots."""
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(telemetry, "tracer", lambda: provider.get_tracer("test"))
+    monkeypatch.setattr(telemetry, "is_exporting", lambda: True)
+    await put(engine, command(traceparent=TRACEPARENT))
+
+    class LosesTheDatabaseOnce:
+        losses = 0
+
+        async def published(self, connection, rows):
+            if not self.losses:
+                self.losses += 1
+                await connection.execute(text("select pg_terminate_backend(pg_backend_pid())"))
+
+        async def expired(self, connection, rows):
+            """Not of this test."""
+
+    hooks = LosesTheDatabaseOnce()
+    async with relaying(engine, broker.amqp_url, hooks):
+        deliveries = await receive(broker.amqp_url, "billing", 2)
+        await _until(engine, lambda rows: rows == [])
+
+    assert hooks.losses == 1
+    assert {delivery.headers["traceparent"] for delivery in deliveries} == {TRACEPARENT}
+    assert [span.name for span in exporter.get_finished_spans()] == ["publish taskmesh.commands"]
+
+
 def test_a_listener_s_retry_is_reported_and_the_event_itself_is_not():
     """An event is a task only where somebody listens; see the rows that a listener's retry and an event leave behind."""
     hooks = ServiceHooks("email")

@@ -251,14 +251,24 @@ class Relay:
 
     async def _move(self) -> float:
         """Move one batch, and return how many seconds to wait for the next."""
-        async with self._engine.begin() as connection:
-            claimed = await self._claim(connection)
-            expired = [row for row, is_expired in claimed if is_expired]
-            due = [row for row, is_expired in claimed if not is_expired]
-            fates = await self._publish(due)
-            after_commit = await self._settle(connection, expired, fates)
-            full = len(claimed) == self._claim_size
-            wait_seconds = 0.0 if full else await self._seconds_to_next(connection)
+        published: list[_Published] = []
+        is_written = False
+        try:
+            async with self._engine.begin() as connection:
+                claimed = await self._claim(connection)
+                expired = [row for row, is_expired in claimed if is_expired]
+                due = [row for row, is_expired in claimed if not is_expired]
+                fates = await self._publish(due, published)
+                after_commit = await self._settle(connection, expired, fates)
+                full = len(claimed) == self._claim_size
+                wait_seconds = 0.0 if full else await self._seconds_to_next(connection)
+                is_written = True
+        finally:
+            # What is rolled back is published again, and a message has one span. Of a commit whose answer was lost
+            # nobody knows: a span too many is better than a trace without its root.
+            if is_written:
+                for each in published:
+                    self._spans.record(each.rows, each.report, claimed_ns=each.claimed_ns)
         for act in after_commit:
             act()
         if fates.unknown and self._claim_size > 1:
@@ -280,13 +290,13 @@ class Relay:
         rows = (await connection.execute(statement)).mappings()
         return [(OutboxRow(**{name: row[name] for name in _NAMES}), bool(row["is_expired"])) for row in rows]
 
-    async def _publish(self, rows: Sequence[OutboxRow]) -> _Fates:
+    async def _publish(self, rows: Sequence[OutboxRow], published: list[_Published]) -> _Fates:
         claimed_ns = time.time_ns()
         parcels = pack(rows, now_ns=claimed_ns)
         reports = await self._publisher.publish([parcel.message for parcel in parcels]) if parcels else []
         fates = _Fates()
         for parcel, report in zip(parcels, reports, strict=True):
-            self._spans.record(parcel.rows, report, claimed_ns=claimed_ns)
+            published.append(_Published(parcel.rows, report, claimed_ns))
             _measure(parcel, report)
             fates.add(parcel.rows, report)
         return fates
@@ -464,6 +474,15 @@ def _parcel(rows: Sequence[OutboxRow], body: bytes, *, headers: Mapping[str, Any
         mandatory=first.mandatory,
     )
     return Parcel(rows, message)
+
+
+@dataclass(frozen=True, slots=True)
+class _Published:
+    """Rows that were offered to the broker in one message, its answer, and when they were claimed."""
+
+    rows: Sequence[OutboxRow]
+    report: Report
+    claimed_ns: int
 
 
 class _Fates:

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from celery.apps.worker import on_cold_shutdown
+from celery.platforms import EX_FAILURE
 from celery.signals import worker_process_init
 from celery.worker import state
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from taskmesh import inbox, logs
+from taskmesh import inbox, logs, telemetry
 from taskmesh.worker.attempt import WORKER_NAME
 
 if TYPE_CHECKING:
@@ -72,6 +73,14 @@ class Shutdown:
         # Celery's pool resets the others in its processes: there an alarm is a task's own.
         worker_process_init.connect(lambda **_: signal.signal(signal.SIGALRM, signal.SIG_DFL), weak=False)
         self._worker.install_platform_tweaks = install_ours
+        stop = self._worker.stop
+
+        def stop_ours(in_sighandler: bool = False, exitcode: int | None = None) -> None:  # noqa: FBT001, FBT002 - Celery's
+            if exitcode == EX_FAILURE:
+                self._fail()
+            stop(in_sighandler, exitcode)
+
+        self._worker.stop = stop_ours
 
     def give_back(self, running: list[tuple[UUID, str]]) -> None:
         """Have the starts of these tasks, and `host:pid` of this process, not counted; the process ends next."""
@@ -172,6 +181,22 @@ class Shutdown:
                 self.take_back_starts()
         finally:
             state.should_terminate = True
+
+    def _fail(self) -> None:
+        """End the process, when its loop has failed; Celery would wait for tasks of which it hears nothing any more."""
+        pool = getattr(getattr(self._worker, "pool", None), "_pool", None)
+        if self._app.settings.worker_pool != "prefork" or pool is None:
+            return
+        self._end()
+        logger.error("worker ends: its loop has failed", extra={"worker": os.getpid()})
+        self._note(self._running())
+        for process in pool._pool:  # noqa: SLF001 - it has no other list of them
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+        self.take_back_starts()
+        telemetry.stop()
+        # The messages go back when the connection is gone.
+        os._exit(EX_FAILURE)
 
     def _end(self) -> None:
         """Ring no more: an alarm that comes when Python has taken its handlers down would kill the process."""

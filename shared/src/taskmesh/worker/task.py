@@ -19,6 +19,7 @@ from taskmesh.contracts import Command, Contract, Event
 from taskmesh.contracts.lifecycle import TaskKind
 from taskmesh.errors import ContractViolation, PermanentError, TaskCancelled, TransientError
 from taskmesh.outbox import OutboxMessage
+from taskmesh.worker import soft_limits
 from taskmesh.worker import unit as units
 from taskmesh.worker.attempt import Attempt
 from taskmesh.worker.failures import describe_violation
@@ -74,7 +75,7 @@ class MeshTask(Task):  # type: ignore[misc]  # Celery has no types
         if self.request.called_directly:
             return super().__call__(*args, **kwargs)
         attempt = Attempt(self, args, kwargs)
-        with measured(attempt):
+        with soft_limits.attempt(), measured(attempt):
             return attempt.run()
 
     @property

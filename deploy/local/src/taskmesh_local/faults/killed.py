@@ -13,9 +13,11 @@ KILLED = frozenset(
         "running task has lost its process",
         "running task killed: it has exceeded its hard time limit",
         "running task killed: its cancellation is forced",
+        "worker ends: its loop has failed",
     }
 )
-"""What a worker logs of a child that the campaign has not killed: a poisonous task, a time limit, a cancellation."""
+"""What a worker logs of children that the campaign has not killed: a poisonous task, a time limit, a cancellation; and
+all of them, when the worker itself has failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
