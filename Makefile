@@ -44,7 +44,7 @@ traces: $(INSTALLED) ## Send 1,000 requests through the mesh, and check that eac
 	@$(LOCAL) thousand $(args)
 
 test: $(INSTALLED) ## Run all tests but the fault campaign, with real servers they start themselves; RABBITMQ=4 takes that release
-	@$(PYTHON) -m pytest -n $(JOBS) --dist loadfile -m "not faults" $(args)
+	@$(PYTHON) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not faults" $(args)
 
 faults: $(INSTALLED) ## Kill and cut off parts of a mesh under load for 4 minutes, and check it: make faults SEED=2
 	@$(FAULTS) --minutes 4 $(args)
