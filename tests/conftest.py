@@ -35,6 +35,8 @@ LONGEST_FIRST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest; the order within a file stays."""
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST_FIRST)}
+    if gone := [str(path) for path in places if not path.exists()]:
+        raise pytest.UsageError(f"LONGEST_FIRST names files that are gone: {', '.join(gone)}")
     items.sort(key=lambda item: places.get(item.path, len(places)))
 
 

@@ -89,6 +89,16 @@ def test_values_that_are_equal_and_of_different_types_keep_their_types():
     assert told == ["int_value", "bool_value", "double_value", "string_value"]
 
 
+def test_an_attribute_without_a_value_is_left_out():
+    spans, ended = recorder()
+    spans.start_span("span", attributes={"key": None, "other": 1}).end()
+
+    request = ExportTraceServiceRequest.FromString(otlp.encode(ended))
+
+    [span] = request.resource_spans[0].scope_spans[0].spans
+    assert [attribute.key for attribute in span.attributes] == ["other"]
+
+
 def test_text_that_is_no_utf8_is_told_with_question_marks():
     """Half of a surrogate pair comes out of a JSON document, and would take a batch of spans with it."""
     spans, ended = recorder()

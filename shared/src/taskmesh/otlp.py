@@ -107,10 +107,12 @@ def _flags(context: SpanContext | None) -> bytes:
 
 def _attributes(number: int, attributes: Mapping[str, Any]) -> Iterable[bytes]:
     for key, value in attributes.items():
+        if value is None:
+            continue
         try:
             yield _attribute(number, key, value)
         except TypeError:
-            # A list cannot be kept by its value.
+            # A list cannot be kept by its value; any other mistake is raised again.
             yield _attribute.__wrapped__(number, key, value)
 
 

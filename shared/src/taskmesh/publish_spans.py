@@ -1,8 +1,8 @@
 """The spans of a relay: one for each message that it published.
 
-A span is made when the broker has answered, and begins when its row was claimed: it is the child of the span that wrote
-the message, beside the work, or the root of the trace that begins with the message. A message of reports belongs to no
-one trace; its span links to those of the reports.
+A span is made when it is written down what became of its row. It lasts from the row's claim to the broker's answer, and
+is the child of the span that wrote the message, beside the work, or the root of the trace that begins with the
+message. A message of reports belongs to no one trace; its span links to those of the reports.
 
 See https://opentelemetry.io/docs/specs/semconv/messaging/rabbitmq/.
 """
