@@ -12,12 +12,13 @@ import time
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
+import psycopg
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
-from sqlalchemy import select, text
+from sqlalchemy import func, select, text
 
 from taskmesh import celery_protocol, lifecycle, telemetry, topology
 from taskmesh.celery_protocol import DUE_HEADER, PUBLISHED_HEADER, TaskMessage
@@ -29,7 +30,8 @@ from taskmesh.errors import BrokerUnavailable
 from taskmesh.exchanges import DIRECT, EVENTS
 from taskmesh.health import Health
 from taskmesh.management import Management
-from taskmesh.outbox import OutboxMessage, insert_messages, outbox
+from taskmesh.outbox import NOTIFY_CHANNEL, OutboxMessage, insert_messages, outbox, outbox_watch
+from taskmesh.outbox_watch import PAUSE_SECONDS
 from taskmesh.publishing import Outcome
 from taskmesh.relay import OutboxRow, Relay, ServiceHooks, announce_once
 from taskmesh.testing.proxy import TcpProxy
@@ -233,6 +235,87 @@ async def test_a_row_that_is_brought_forward_by_an_insert_elsewhere_does_not_wai
         for count in range(1, 4):
             await put(engine, command())
             await hooks.until(lambda rows, count=count: len(rows) == count)
+
+
+@contextlib.asynccontextmanager
+async def listening(database_url):
+    """Counts the notifications that wake relays."""
+    heard = []
+    url = database_url.get_secret_value() if hasattr(database_url, "get_secret_value") else database_url
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+        connection.add_notify_handler(heard.append)
+        await connection.execute(f"listen {NOTIFY_CHANNEL}")
+
+        async def count():
+            # A statement's answer brings the notifications that came before it.
+            await connection.execute("select")
+            return len(heard)
+
+        yield count
+
+
+async def is_watched(engine):
+    async with engine.connect() as connection:
+        statement = select(outbox_watch.c.until > func.clock_timestamp())
+        return bool((await connection.execute(statement)).scalar_one_or_none())
+
+
+async def keep_busy(engine):
+    """Write rows until the relay keeps watch."""
+    async with asyncio.timeout(20):
+        while not await is_watched(engine):
+            await put(engine, command())
+
+
+async def test_a_busy_relay_need_not_be_woken(engine, broker, database_url):
+    hooks = Watched()
+    last = command()
+
+    async with relaying(engine, broker.amqp_url, hooks, poll_seconds=30.0), listening(database_url) as count:
+        await keep_busy(engine)
+        before = await count()
+        await put(engine, last)
+        assert await count() == before
+        await hooks.until(lambda rows: last.task_id in {row.task_id for row in rows})
+
+
+async def test_a_row_that_trusted_in_a_watch_and_was_committed_after_it_leaves(engine, broker, database_url):
+    hooks = Watched()
+    last = command()
+
+    async with relaying(engine, broker.amqp_url, hooks, poll_seconds=30.0), listening(database_url) as count:
+        await keep_busy(engine)
+        before = await count()
+        async with engine.begin() as connection:
+            await connection.execute(insert_messages([last]))
+            while await is_watched(engine):  # noqa: ASYNC110 - a row has no signal
+                await asyncio.sleep(0.005)
+        assert await count() == before
+        await hooks.until(lambda rows: last.task_id in {row.task_id for row in rows})
+
+
+async def test_a_relay_that_has_gone_is_watching_no_longer_than_it_promised(engine, broker, database_url):
+    async with relaying(engine, broker.amqp_url, poll_seconds=30.0):
+        await keep_busy(engine)
+    async with asyncio.timeout(5):
+        while await is_watched(engine):  # noqa: ASYNC110 - a row has no signal
+            await asyncio.sleep(0.005)
+
+    async with listening(database_url) as count:
+        await put(engine, command())
+        assert await count() == 1
+
+
+async def test_a_relay_with_little_to_do_keeps_no_watch(engine, broker):
+    hooks = Watched()
+
+    async with relaying(engine, broker.amqp_url, hooks, poll_seconds=30.0):
+        for count in range(1, 7):
+            await put(engine, command())
+            await hooks.until(lambda rows, count=count: len(rows) == count)
+            await asyncio.sleep(2 * PAUSE_SECONDS)
+        async with engine.connect() as connection:
+            assert (await connection.execute(select(outbox_watch))).all() == []
 
 
 async def test_an_expired_row_is_not_published_and_is_reported(engine, broker):

@@ -15,6 +15,7 @@ from uuid import UUID
 from sqlalchemy import (
     BigInteger,
     Boolean,
+    CheckConstraint,
     Column,
     DateTime,
     Identity,
@@ -27,6 +28,7 @@ from sqlalchemy import (
     Uuid,
     func,
     insert,
+    true,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
@@ -36,7 +38,7 @@ metadata = MetaData()
 """The tables that every service has: outbox and inbox. Created by the library's own migrations."""
 
 NOTIFY_CHANNEL = "taskmesh_outbox"
-"""A trigger notifies it when rows are inserted; the payload is empty."""
+"""A trigger notifies it when rows are inserted and no relay keeps watch; the payload is empty."""
 
 outbox = Table(
     "outbox",
@@ -57,6 +59,16 @@ outbox = Table(
     Index("outbox_due", "due_at", "id"),
     Index("outbox_task", "task_id"),
 )
+
+outbox_watch = Table(
+    "outbox_watch",
+    metadata,
+    Column("is_one", Boolean, primary_key=True, server_default=true()),
+    Column("until", DateTime(timezone=True), nullable=False),
+    CheckConstraint("is_one", name="outbox_watch_is_one"),
+    prefixes=["UNLOGGED"],
+)
+"""Until when a relay looks at the outbox unasked, in at most one row. Unlogged: after a crash nobody keeps watch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

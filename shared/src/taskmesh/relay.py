@@ -36,6 +36,7 @@ from taskmesh.health import Health
 from taskmesh.inbox import InboxState, inbox
 from taskmesh.metrics import catalogue, instruments
 from taskmesh.outbox import NOTIFY_CHANNEL, insert_messages, outbox
+from taskmesh.outbox_watch import PAUSE_SECONDS, Watch
 from taskmesh.publish_spans import PublishSpans
 from taskmesh.publishing import Outcome, OutgoingMessage, Publisher, Report
 
@@ -197,6 +198,7 @@ class Relay:
         self._publisher = Publisher(amqp_url, name=f"{service}-relay")
         self._spans = PublishSpans(amqp_url)
         self._woken = asyncio.Event()
+        self._watch = Watch(engine)
         # How many rows to claim. Smaller after a connection was lost in the middle of a batch: should one message be
         # the cause, it is alone in the end, and steps aside.
         self._claim_size = batch_size
@@ -227,16 +229,16 @@ class Relay:
             self._woken.clear()
             try:
                 await self._publisher.connected()
-                wait_seconds = await self._move()
+                look = await self._move()
+                await self._watch.note(rows=look.rows)
             except Exception as error:
                 if not outage:
                     expected = isinstance(error, TransientError) or is_unavailable(error)
                     logger.warning("relay interrupted", exc_info=not expected, extra={"reason": _describe(error)})
                     outage = True
-                wait_seconds = backoff.next()
                 # The wait is the point here, so notifications do not cut it short.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(stop.wait(), wait_seconds)
+                    await asyncio.wait_for(stop.wait(), backoff.next())
                 continue
             if outage:
                 logger.info("relay works again")
@@ -245,12 +247,24 @@ class Relay:
                 self._health.ready()
                 ready = True
             backoff.reset()
-            if wait_seconds > 0:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._woken.wait(), wait_seconds)
+            if not look.is_full:
+                await self._wait(look, stop)
 
-    async def _move(self) -> float:
-        """Move one batch, and return how many seconds to wait for the next."""
+    async def _wait(self, look: _Look, stop: asyncio.Event) -> None:
+        """Let rows gather after a batch; without one, wait until somebody says that there is something to do."""
+        wait_seconds = look.wait_seconds
+        if look.rows or self._watch.is_kept:
+            wait_seconds -= PAUSE_SECONDS
+            # Notifications do not cut it short.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), PAUSE_SECONDS)
+        if wait_seconds > 0 and not self._watch.is_kept and not self._woken.is_set():
+            self._watch.rest()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), wait_seconds)
+
+    async def _move(self) -> _Look:
+        """Move one batch."""
         published: list[_Published] = []
         is_written = False
         try:
@@ -276,7 +290,7 @@ class Relay:
             raise BrokerUnavailable(fates.unknown_reason)
         if not fates.unknown:
             self._claim_size = min(self._batch_size, self._claim_size * 2)
-        return wait_seconds
+        return _Look(rows=len(claimed), is_full=full, wait_seconds=wait_seconds)
 
     async def _claim(self, connection: AsyncConnection) -> list[tuple[OutboxRow, bool]]:
         """Lock the rows that have been due longest; the flag says whether a row has expired."""
@@ -483,6 +497,15 @@ class _Published:
     rows: Sequence[OutboxRow]
     report: Report
     claimed_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Look:
+    """What a look at the outbox has found: rows that were due, whether there are more, and when the next is due."""
+
+    rows: int
+    is_full: bool
+    wait_seconds: float
 
 
 class _Fates:
