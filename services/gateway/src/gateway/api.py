@@ -28,6 +28,7 @@ from gateway.routes import (
     types,
 )
 from gateway.settings import ApiSettings
+from gateway.submissions import Submissions
 from gateway.transactions import open_engine
 from gateway.waiting import Doorbell
 from taskmesh.health import Health
@@ -53,6 +54,7 @@ def create_app(settings: ApiSettings, health: Health | None = None) -> FastAPI:
         catalogue=Catalogue(engine),
         authenticator=Authenticator(engine),
         doorbell=Doorbell(settings.database_url),
+        submissions=Submissions(engine),
     )
 
     @contextlib.asynccontextmanager

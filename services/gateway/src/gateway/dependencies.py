@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from gateway.auth import Authenticator
 from gateway.catalogue import Catalogue
+from gateway.submissions import Submissions
 from gateway.waiting import Doorbell
 
 
@@ -21,6 +22,7 @@ class Gateway:
     catalogue: Catalogue
     authenticator: Authenticator
     doorbell: Doorbell
+    submissions: Submissions
 
 
 # FastAPI runs a plain function on another thread, which costs a tenth of a request.

@@ -7,18 +7,39 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
 
 from pydantic import BaseModel
-from sqlalchemy import delete, func, select, tuple_
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import delete, func, select, text, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.models import idempotency_keys
 from taskmesh.errors import ConflictError
 
 MAX_LENGTH = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """The name that a client has given to a request, and what it is answered when it repeats the request."""
+
+    api_key_id: UUID
+    name: str
+    request_sha256: bytes
+    response: bytes
+
+    @classmethod
+    def of(cls, request: BaseModel, name: str, *, api_key_id: UUID, response: bytes) -> Key:
+        """The key of a request."""
+        return cls(api_key_id=api_key_id, name=name, request_sha256=fingerprint(request), response=response)
+
+    @property
+    def identity(self) -> tuple[UUID, str]:
+        """What no two requests share."""
+        return self.api_key_id, self.name
 
 
 class IdempotencyConflict(ConflictError):
@@ -34,9 +55,7 @@ def fingerprint(request: BaseModel) -> bytes:
     return hashlib.sha256(canonical.encode()).digest()
 
 
-async def claim(
-    connection: AsyncConnection, api_key_id: UUID, key: str, *, request_sha256: bytes, response: bytes
-) -> bytes | None:
+async def claim(connection: AsyncConnection, key: Key) -> bytes | None:
     """Take the key for this request and keep its answer; if it is taken already, return the first answer.
 
     Must be the first write of the transaction: a second request with the key waits here until the first has committed
@@ -45,18 +64,38 @@ async def claim(
     Raises:
         IdempotencyConflict: The key is taken by a request that reads otherwise.
     """
-    statement = (
-        insert(idempotency_keys)
-        .values(api_key_id=api_key_id, key=key, request_sha256=request_sha256, response=response)
-        .on_conflict_do_nothing()
-        .returning(idempotency_keys.c.key)
-    )
-    while (await connection.execute(statement)).one_or_none() is None:
-        first = await recall(connection, api_key_id, key, request_sha256=request_sha256)
+    while not await claim_all(connection, [key]):
+        first = await recall(connection, key.api_key_id, key.name, request_sha256=key.request_sha256)
         if first is not None:
             return first
         # It was forgotten between the two statements; it is free again.
     return None
+
+
+_CLAIM = text(
+    """
+    insert into idempotency_keys (api_key_id, key, request_sha256, response)
+    select *
+    from unnest(
+        cast(:clients as uuid[]), cast(:names as text[]), cast(:hashes as bytea[]), cast(:responses as bytea[])
+    ) as given(api_key_id, key, request_sha256, response)
+    -- Whoever waits for another's keys holds none that the other waits for.
+    order by api_key_id, key
+    on conflict do nothing
+    returning api_key_id, key
+    """
+)
+
+
+async def claim_all(connection: AsyncConnection, keys: Sequence[Key]) -> set[tuple[UUID, str]]:
+    """Take those of these keys that are free, as `claim` does; returns the identities of what was taken."""
+    given = {
+        "clients": [key.api_key_id for key in keys],
+        "names": [key.name for key in keys],
+        "hashes": [key.request_sha256 for key in keys],
+        "responses": [key.response for key in keys],
+    }
+    return {(row.api_key_id, row.key) for row in await connection.execute(_CLAIM, given)}
 
 
 async def recall(connection: AsyncConnection, api_key_id: UUID, key: str, *, request_sha256: bytes) -> bytes | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
 from opentelemetry import context, trace
@@ -120,19 +120,26 @@ def _method(scope: Scope) -> str:
     return scope["method"] if scope["method"] in _METHODS else OTHER_METHOD
 
 
-@asynccontextmanager
-async def ledger_transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    """A `transaction` that changes what becomes of tasks, with a span of its own.
+@contextmanager
+def ledger_span() -> Iterator[None]:
+    """A span of what is done in the ledger for a request.
 
-    The span is not the current one: what the transaction writes was asked for by the request.
+    It is not the current one: what is written there was asked for by the request.
     """
     span = telemetry.tracer().start_span("ledger transaction")
     try:
-        async with transaction(engine) as connection:
-            yield connection
+        yield
     except BaseException as error:
         span.set_attribute("error.type", type(error).__qualname__)
         span.set_status(StatusCode.ERROR)
         raise
     finally:
         span.end()
+
+
+@asynccontextmanager
+async def ledger_transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """A `transaction` that changes what becomes of tasks, with a span of its own."""
+    with ledger_span():
+        async with transaction(engine) as connection:
+            yield connection

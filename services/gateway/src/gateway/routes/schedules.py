@@ -246,8 +246,8 @@ async def _make(gateway: Gateway, client: Client, wanted: ScheduleDefinition, ke
             schedule = schedules.draft(wanted.definition(), now=now, api_key_id=client.id)
         body = ScheduleView.of(schedule).model_dump_json().encode()
         if key is not None:
-            fingerprint = idempotency.fingerprint(wanted)
-            first = await idempotency.claim(connection, client.id, key, request_sha256=fingerprint, response=body)
+            named = idempotency.Key.of(wanted, key, api_key_id=client.id, response=body)
+            first = await idempotency.claim(connection, named)
             if first is not None:
                 return first, True
         await schedules.store(connection, schedule)

@@ -215,8 +215,8 @@ async def _retry(gateway: Gateway, client: Client, key: str | None, asked: _Retr
         view = TaskView.of(new.row())
         body = (view if client.may_read(last) else view.without_contents()).model_dump_json().encode()
         if key is not None:
-            fingerprint = idempotency.fingerprint(asked)
-            if await idempotency.claim(connection, client.id, key, request_sha256=fingerprint, response=body):
+            named = idempotency.Key.of(asked, key, api_key_id=client.id, response=body)
+            if await idempotency.claim(connection, named):
                 raise retries.AlreadyRetried(f"task {asked.task_id} was tried again by this very request")
     measuring.count_accepted([new])
     logger.info("task retried", extra={**new.log_facts, "retry_of": str(new.retry_of)})

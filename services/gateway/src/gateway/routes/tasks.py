@@ -36,7 +36,7 @@ from gateway.schemas import (
     decode_cursor,
     encode_cursor,
 )
-from gateway.tracing import ledger_transaction
+from gateway.tracing import ledger_span
 from gateway.transactions import transaction
 from taskmesh import logs, traces
 from taskmesh.contracts.lifecycle import TaskState
@@ -325,13 +325,11 @@ async def _accept(
     body: bytes,
 ) -> _Accepted:
     """Commit tasks, or find the answer that the same request got before."""
-    async with ledger_transaction(gateway.engine) as connection:
-        if key is not None:
-            fingerprint = idempotency.fingerprint(request)
-            first = await idempotency.claim(connection, client.id, key, request_sha256=fingerprint, response=body)
-            if first is not None:
-                return _Accepted(body=first, replayed=True)
-        await ledger.submit(connection, new)
+    named = None if key is None else idempotency.Key.of(request, key, api_key_id=client.id, response=body)
+    with ledger_span():
+        first = await gateway.submissions.submit(new, named)
+    if first is not None:
+        return _Accepted(body=first, replayed=True)
     measuring.count_accepted(new)
     if len(new) == 1:
         span = trace.get_current_span()
