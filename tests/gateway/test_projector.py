@@ -245,10 +245,14 @@ async def test_a_letter_with_the_oddest_headers_is_kept(projector, gateway_engin
     assert len(await rows(gateway_engine, letters_table)) == 1
 
 
+def _key(name):
+    return idempotency.Key(api_key_id=uuid4(), name=name, request_sha256=b"", response=b"")
+
+
 async def test_old_idempotency_keys_are_forgotten_and_young_ones_kept(gateway_engine):
     async with gateway_engine.begin() as connection:
         for name in ("old", "young"):
-            await idempotency.claim(connection, uuid4(), name, request_sha256=b"", response=b"")
+            await idempotency.claim(connection, _key(name))
         old = idempotency_keys.c.key == "old"
         await connection.execute(
             idempotency_keys.update().where(old).values(created_at=datetime.now(UTC) - timedelta(hours=49))
@@ -265,7 +269,7 @@ async def test_a_long_backlog_of_old_idempotency_keys_is_forgotten_in_pieces(gat
     monkeypatch.setattr(gateway_projector, "FORGOTTEN_AT_ONCE", 3)
     async with gateway_engine.begin() as connection:
         for name in range(8):
-            await idempotency.claim(connection, uuid4(), str(name), request_sha256=b"", response=b"")
+            await idempotency.claim(connection, _key(str(name)))
         await connection.execute(idempotency_keys.update().values(created_at=datetime.now(UTC) - timedelta(hours=49)))
     stop = asyncio.Event()
 

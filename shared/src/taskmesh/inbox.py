@@ -30,9 +30,7 @@ from sqlalchemy import (
     tuple_,
     update,
 )
-from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
-from sqlalchemy.sql.dml import ReturningInsert
 
 from taskmesh.outbox import metadata, outbox
 
@@ -85,16 +83,14 @@ pauses = Table(
 
 
 @dataclass(frozen=True, slots=True)
-class CheckIn:
-    """What the inbox says to an attempt that starts.
+class Claim:
+    """An attempt's hold on its task.
 
     Attributes:
-        starts: How often the task was started, this time included.
-        cancelled: Somebody wants the task cancelled.
+        is_cancelled: Somebody wanted the task cancelled when it was taken.
     """
 
-    starts: int
-    cancelled: bool
+    is_cancelled: bool
 
 
 # The start is not flushed to disk before the task runs. A worker that dies leaves it behind all the same; only when the
@@ -112,10 +108,10 @@ _CHECK_IN = text(
 ).bindparams(bindparam("task_id", type_=Uuid))
 
 
-def check_in(
-    connection: Connection, task_id: UUID, sequence: int, worker: str, *, again: bool = False
-) -> CheckIn | None:
+def check_in(connection: Connection, task_id: UUID, sequence: int, worker: str, *, again: bool = False) -> int | None:
     """Count the start of an attempt; None if the task is finished or a later attempt is under way.
+
+    Who wants to know of cancellations asks afterwards: one that comes after that finds the task started.
 
     Waits while another delivery of the task is in its last transaction.
 
@@ -125,11 +121,13 @@ def check_in(
         sequence: The attempt's place; see `taskmesh.celery_protocol.sequence`.
         worker: `host:pid`.
         again: The attempt has been counted already, and begins anew after an outage of the database.
+
+    Returns:
+        How often the task was started, this time included.
     """
     parameters = {"task_id": task_id, "sequence": sequence, "worker": worker, "more": 0 if again else 1}
-    starts = connection.execute(_CHECK_IN, parameters).scalar_one_or_none()
-    # Asked afterwards, because the statement may have waited for a delivery that was cancelled meanwhile.
-    return None if starts is None else CheckIn(starts, is_cancelled(connection, task_id))
+    starts: int | None = connection.execute(_CHECK_IN, parameters).scalar_one_or_none()
+    return starts
 
 
 def is_parked(connection: Connection, task_id: UUID, sequence: int) -> bool:
@@ -196,18 +194,22 @@ def take_back_starts(session: Session, starts: Collection[tuple[UUID, str]]) -> 
     )
 
 
-def claim(session: Session, task_id: UUID, sequence: int, state: InboxState) -> bool:
-    """Write what becomes of an attempt; False if the task is finished or a later attempt is under way.
+_CLAIM = text(
+    """
+    insert into inbox (task_id, sequence, state) values (:task_id, :sequence, :state)
+    on conflict (task_id) do update set
+        sequence = :sequence, state = :state, started_at = null, updated_at = now()
+    where inbox.state = 'waiting' and inbox.sequence < :sequence
+    returning exists (select from cancellations where cancellations.task_id = inbox.task_id)
+    """
+).bindparams(bindparam("task_id", type_=Uuid))
+
+
+def claim(session: Session, task_id: UUID, sequence: int, state: InboxState) -> Claim | None:
+    """Write what becomes of an attempt; None if the task is finished or a later attempt is under way.
 
     Holds the task's row until the caller commits, so a second delivery of the same attempt waits here.
     """
-    return session.execute(_claim(task_id, sequence, state)).one_or_none() is not None
-
-
-def _claim(task_id: UUID, sequence: int, state: InboxState) -> ReturningInsert[tuple[UUID]]:
-    statement = insert(inbox).values(task_id=task_id, sequence=sequence, state=state.value)
-    return statement.on_conflict_do_update(
-        index_elements=[inbox.c.task_id],
-        set_={"sequence": sequence, "state": state.value, "started_at": None, "updated_at": func.now()},
-        where=(inbox.c.state == InboxState.WAITING.value) & (inbox.c.sequence < sequence),
-    ).returning(inbox.c.task_id)
+    parameters = {"task_id": task_id, "sequence": sequence, "state": state.value}
+    row = session.connection().execute(_CLAIM, parameters).one_or_none()
+    return None if row is None else Claim(row[0])

@@ -158,14 +158,7 @@ class Attempt:
                 return self._execute(unit, span)
 
     def _execute(self, unit: Unit, span: AttemptSpan) -> Any:
-        try:
-            arguments, keywords = self._arguments()
-            if self.task.transaction_mode == "whole":
-                unit.open()
-        except AlreadySettled:
-            self._skip(span)
-        except ContractViolation as error:
-            self._fail(unit, error, span, park=True)
+        arguments, keywords = self._begin(unit, span)
         try:
             result = self.task.run(*arguments, **keywords)
             self._follow(unit, result)
@@ -180,6 +173,19 @@ class Attempt:
                 raise
             self._fail(unit, error, span)
         return self._succeed(unit, result, span)
+
+    def _begin(self, unit: Unit, span: AttemptSpan) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """Claim a task that runs in its transaction; returns what it is called with."""
+        try:
+            if self.task.transaction_mode == "whole":
+                unit.open(unless_cancelled=True)
+            return self._arguments()
+        except AlreadySettled:
+            self._skip(span)
+        except TaskCancelled:
+            self._cancel(unit, span)
+        except ContractViolation as error:
+            self._fail(unit, error, span, park=True)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -219,12 +225,13 @@ class Attempt:
             logger.info("task expired")
             raise Settled
         with self.task.app.autocommit() as connection:
-            entry = inbox.check_in(connection, self.task_id, self.sequence, self.worker, again=self.starts > 0)
-        if entry is None:
-            raise AlreadySettled
-        self.starts = entry.starts
-        if entry.cancelled:
-            raise TaskCancelled("cancelled before its attempt began")
+            starts = inbox.check_in(connection, self.task_id, self.sequence, self.worker, again=self.starts > 0)
+            if starts is None:
+                raise AlreadySettled
+            self.starts = starts
+            # Most attempts learn it from their claim, which comes next.
+            if (self.losses or self.task.transaction_mode == "last") and inbox.is_cancelled(connection, self.task_id):
+                raise TaskCancelled("cancelled before its attempt began")
         if self.losses and self._spent(self.starts - 1):
             losses = self.losses
             # This delivery runs nothing, so it is not told as an attempt.

@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, SessionTransaction
 
 from taskmesh import inbox, outbox, telemetry
+from taskmesh.errors import TaskCancelled
 from taskmesh.inbox import InboxState
 from taskmesh.outbox import OutboxMessage
 from taskmesh.worker.watching import CancelWatch
@@ -82,22 +83,26 @@ class Unit:
         """The session of the transaction that will be committed with the inbox row; opened at first use."""
         return self._session or self.open()
 
-    def open(self) -> TaskSession:
+    def open(self, *, unless_cancelled: bool = False) -> TaskSession:
         """Begin the transaction and claim the attempt in it; a concurrent delivery of the same attempt waits here.
 
         Raises:
             AlreadySettled: The inbox knows the attempt.
+            TaskCancelled: Somebody wants the task cancelled, and `unless_cancelled` is asked for.
         """
-        session = self._begin(InboxState.SUCCEEDED)
+        session = self._begin(InboxState.SUCCEEDED, unless_cancelled=unless_cancelled)
         # What the task writes can then be undone without giving up the claim: no second delivery gets in between.
         self._savepoint = session.begin_nested()
         return session
 
-    def _begin(self, state: InboxState) -> TaskSession:
+    def _begin(self, state: InboxState, *, unless_cancelled: bool = False) -> TaskSession:
         session = self._session = self._sessions()
         self._span = telemetry.tracer().start_span("effect transaction")
-        if not inbox.claim(session, self.key.task_id, self.key.sequence, state):
+        claim = inbox.claim(session, self.key.task_id, self.key.sequence, state)
+        if claim is None:
             raise AlreadySettled
+        if unless_cancelled and claim.is_cancelled:
+            raise TaskCancelled("cancelled before its attempt began")
         return session
 
     def settle(self, state: InboxState, messages: list[OutboxMessage], *, replaced: bool = False) -> None:

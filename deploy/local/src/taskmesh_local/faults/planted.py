@@ -48,18 +48,17 @@ def skip_the_inbox() -> None:
     from sqlalchemy.orm import Session
 
     from taskmesh import inbox
-    from taskmesh.inbox import CheckIn, InboxState
+    from taskmesh.inbox import Claim, InboxState
 
     check_in, claim = inbox.check_in, inbox.claim
 
     def check_in_anyway(
         connection: Connection, task_id: UUID, sequence: int, worker: str, *, again: bool = False
-    ) -> CheckIn:
-        return check_in(connection, task_id, sequence, worker, again=again) or CheckIn(1, cancelled=False)
+    ) -> int:
+        return check_in(connection, task_id, sequence, worker, again=again) or 1
 
-    def claim_anyway(session: Session, task_id: UUID, sequence: int, state: InboxState) -> bool:
-        claim(session, task_id, sequence, state)
-        return True
+    def claim_anyway(session: Session, task_id: UUID, sequence: int, state: InboxState) -> Claim:
+        return claim(session, task_id, sequence, state) or Claim(is_cancelled=False)
 
     inbox.check_in, inbox.claim = check_in_anyway, claim_anyway
 
