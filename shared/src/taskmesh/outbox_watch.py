@@ -19,6 +19,9 @@ from taskmesh.outbox import outbox_watch
 PAUSE_SECONDS: Final = 0.015
 """Rows gather so long after a batch: a transaction and its confirms cost as much for one row as for many."""
 
+BUSY_PAUSE_SECONDS: Final = 0.03
+"""The same of a relay that keeps watch: where there is no end of rows, their number counts more than their haste."""
+
 WATCH_SECONDS: Final = 0.25
 """How long a watch lasts; it is renewed at half of it."""
 
@@ -58,6 +61,11 @@ class Watch:
     def is_kept(self) -> bool:
         """True while somebody may write a row without a notification."""
         return time.monotonic() < self._until + MARGIN_SECONDS
+
+    @property
+    def pause_seconds(self) -> float:
+        """How long rows gather after a batch."""
+        return BUSY_PAUSE_SECONDS if self.is_kept else PAUSE_SECONDS
 
     def rest(self) -> None:
         """The next batch is the first of its kind: the relay has waited to be woken."""

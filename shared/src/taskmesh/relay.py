@@ -36,7 +36,7 @@ from taskmesh.health import Health
 from taskmesh.inbox import InboxState, inbox
 from taskmesh.metrics import catalogue, instruments
 from taskmesh.outbox import NOTIFY_CHANNEL, insert_messages, outbox
-from taskmesh.outbox_watch import PAUSE_SECONDS, Watch
+from taskmesh.outbox_watch import Watch
 from taskmesh.publish_spans import PublishSpans
 from taskmesh.publishing import Outcome, OutgoingMessage, Publisher, Report
 
@@ -254,10 +254,11 @@ class Relay:
         """Let rows gather after a batch; without one, wait until somebody says that there is something to do."""
         wait_seconds = look.wait_seconds
         if look.rows or self._watch.is_kept:
-            wait_seconds -= PAUSE_SECONDS
+            pause_seconds = self._watch.pause_seconds
+            wait_seconds -= pause_seconds
             # Notifications do not cut it short.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), PAUSE_SECONDS)
+                await asyncio.wait_for(stop.wait(), pause_seconds)
         if wait_seconds > 0 and not self._watch.is_kept and not self._woken.is_set():
             self._watch.rest()
             with contextlib.suppress(TimeoutError):
