@@ -33,6 +33,11 @@ ADDING = [
     for revision in sorted((scripts / "versions").glob("[0-9]*_pre_*.py"))[1:]
 ]
 
+# It notifies as before while no relay keeps watch, and relays of the release before keep none.
+BORNE = {
+    "0004_pre_outbox_watch.py": ["a function is gone or changed: CREATE OR REPLACE FUNCTION public.notify_outbox()"]
+}
+
 
 @pytest.fixture
 def migrated_up_to(database_url, tmp_path, monkeypatch) -> Callable[[str, str, bool], Schema]:
@@ -57,7 +62,7 @@ def test_a_migration_takes_nothing_from_the_code_of_the_release_before(migrated_
     before = migrated_up_to(line, revision, False)
     after = migrated_up_to(line, revision, True)
 
-    assert taken_away(before, after) == []
+    assert taken_away(before, after) == BORNE.get(revision, [])
 
 
 @pytest.mark.parametrize(

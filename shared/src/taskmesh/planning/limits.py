@@ -13,8 +13,8 @@ SERVER_CORES = 16
 """A large server, for the parts that use many processors."""
 QUEUE_PUBLISHES = 7_250
 """Messages a second that one quorum queue confirmed to one publisher: RabbitMQ 3.10, one node, two cores for both."""
-NOTIFYING_COMMITS = 2
-"""Of a task: the one that accepts it, and the one of its outcome. Both write an outbox row, whose trigger notifies."""
+FLUSHED_COMMITS = 2
+"""Of a task at most that wait for the disk: the one that accepts it, if nobody shares it, and its outcome's."""
 COUNTED = "invoice"
 """The kind of task that takes a number from a counter."""
 
@@ -71,10 +71,10 @@ def _locks(kind: Kind, *, counted: bool) -> list[Limit]:
     commits = measured().commits_per_second
     found = [
         Limit(
-            what="a PostgreSQL server's commits that notify",
-            tasks_per_second=round(commits["notifying"] / NOTIFYING_COMMITS, 1),
+            what="a PostgreSQL server's commits",
+            tasks_per_second=round(commits["side_by_side"] / FLUSHED_COMMITS, 1),
             basis=Basis.MEASURED,
-            change="a faster disk, a server for each service, then relays that poll",
+            change="a faster disk, a server for each service",
         ),
         Limit(
             what="a quorum queue",
