@@ -84,7 +84,7 @@ scaling: $(INSTALLED) ## Run the examples of docs/scaling.md, and write their ou
 check: $(INSTALLED) ## Lint, formatting, types, and who may import whom
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
-	@$(PYTHON) -m mypy -p taskmesh -p gateway -p billing_worker -p email_worker -p taskmesh_local -p taskmesh_observability
+	@$(PYTHON) -m mypy -p taskmesh -p gateway -p billing_worker -p email_worker -p taskmesh_local -p taskmesh_observability -p meshbench
 	@.venv/bin/lint-imports
 
 dashboards: $(INSTALLED) ## Write the Grafana dashboards from their description in deploy/observability

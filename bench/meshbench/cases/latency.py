@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import psycopg
 
@@ -93,7 +94,7 @@ def _turn(
             meter = Meter(roots)
             meter.begin()
             sent = apply_apart(one_by_one(port, headers, seconds=2 * stage.seconds, rate=rate))
-            until(lambda sent=sent: count(database, "select count(*) from effects") == sent.count, seconds=60)
+            until(partial(_has_effects, database, sent.count), seconds=60)
             rows = database.execute(
                 "select extract(epoch from pg_xact_commit_timestamp(xmin))::float8 - sent_at from effects"
             ).fetchall()
@@ -102,3 +103,7 @@ def _turn(
     if clear:
         clear()
     return figures
+
+
+def _has_effects(database: psycopg.Connection, number: int) -> bool:
+    return count(database, "select count(*) from effects") == number

@@ -10,7 +10,7 @@ from meshbench.contest import CPU, RATE, Column, Measured, Turn, milliseconds
 from meshbench.figures import Figures
 from meshbench.load import Load, Outcome, apply_apart
 from meshbench.mesh import BEHIND, purge
-from meshbench.processes import Meter
+from meshbench.processes import Meter, Role
 from meshbench.stage import Rival, Stage
 from meshbench.submissions import BATCH, in_batches, one_by_one
 
@@ -127,9 +127,7 @@ def _contestants(
             if name == PROCRASTINATE:
                 rival.run("-m", "meshbench.rivals.procrastinate_tasks", "setup")
             server = rival.serve(f"meshbench.rivals.{module}")
-            contestants[name] = lambda rival=rival, server=server: measure(
-                loads(server.port(), ()), rival.roots(server=server), clear=partial(_clear, rival)
-            )
+            contestants[name] = partial(_rival_turn, rival, server, loads, tasks_in_request)
         for rival in rivals:
             rival.wait_until_ready()
         yield contestants
@@ -156,6 +154,11 @@ def _figures(outcome: Outcome, meter: Meter, tasks_in_request: int) -> dict[str,
     tasks = outcome.count * tasks_in_request
     costs = meter.figures(tasks, generator=outcome.cpu_seconds)
     return {"rate": tasks / outcome.seconds, **outcome.latency, **costs}
+
+
+def _rival_turn(rival: Rival, server: Role, loads: Loads, tasks_in_request: int) -> Figures:
+    roots = rival.roots(server=server)
+    return _turn(loads(server.port(), ()), roots, clear=partial(_clear, rival), tasks_in_request=tasks_in_request)
 
 
 def _clear(rival: Rival) -> None:
