@@ -14,8 +14,8 @@ from taskmesh_local.faults.killed import Killed
 
 DELAY_SECONDS = 0.5
 """How long a span waits in its process, see `options.VARIABLES`."""
-SLACK_SECONDS = 5.0
-"""Beyond that: for a batch on its way, on a machine that is busy with faults."""
+SLACK_SECONDS = 10.0
+"""Beyond that: for a batch on its way to a collector that is slow. An export gives up after so long."""
 
 SUBMITTER = "gateway-api"
 LONGEST_PARENT_SECONDS = 10.0
