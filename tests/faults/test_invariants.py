@@ -263,6 +263,18 @@ def test_only_a_process_that_was_killed_in_time_explains_what_is_missing(traced,
     assert len(finding.notes) == holds
 
 
+@pytest.mark.parametrize(("seconds", "holds"), [(3, True), (-60, False), (60, False)])
+def test_an_event_that_its_relay_published_late_lacks_the_parent_that_was_killed_long_before(traced, seconds, holds):
+    lost = traced.spans.pop(2)
+    late = int((MOMENT + timedelta(seconds=30)).timestamp() * 1e9)
+    example = traced.spans[4]
+    known = Collected(example.trace_id, "5", example.span_id, "publish event", "trials-relay", None, late, late)
+    traced.spans += [known, replace(known, trace_id=lost.trace_id, parent_id=lost.span_id)]
+    traced.killed = [killed("trials-worker", seconds)]
+
+    assert found_in(traced).holds is holds
+
+
 def test_a_span_that_was_sent_again_is_no_fault(traced):
     traced.spans.append(traced.spans[0])
 

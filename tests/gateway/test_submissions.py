@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime
+import contextlib
 from uuid import uuid4
 
 import pytest
 from pydantic import BaseModel, SecretStr
-from sqlalchemy import func, select, text
+from sqlalchemy import select, text
 
+import gateway.submissions
+from gateway import idempotency
 from gateway.idempotency import IdempotencyConflict, Key
 from gateway.models import api_keys, tasks
 from gateway.new_tasks import NewTask
@@ -24,7 +26,7 @@ class Request(BaseModel):
 
 @pytest.fixture
 def submissions(gateway_engine):
-    return Submissions(gateway_engine)
+    return Submissions(gateway_engine, wait_seconds=10)
 
 
 @pytest.fixture
@@ -128,7 +130,7 @@ async def test_a_batch_is_committed_whole_or_not_at_all(submissions, gateway_eng
 
 async def test_everybody_is_told_when_the_database_is_away():
     engine = open_engine(SecretStr("postgresql://nobody@127.0.0.1:1/none"), pool_size=2, wait_seconds=1, role="test")
-    submissions = Submissions(engine)
+    submissions = Submissions(engine, wait_seconds=10)
 
     outcomes = await asyncio.gather(*(submissions.submit([task()], None) for _ in range(10)), return_exceptions=True)
 
@@ -151,15 +153,87 @@ async def test_callers_who_go_away_take_nobody_along(submissions, gateway_engine
     assert await ids(gateway_engine) == {each.id for each in new}
 
 
-async def test_what_comes_later_waits_for_nobody(submissions, gateway_engine):
-    """Two transactions are under way at most, and whoever is left over starts with the next."""
-    first = [asyncio.create_task(submissions.submit([task()], None)) for _ in range(3)]
+async def transactions(engine):
+    async with engine.connect() as connection:
+        rows = await connection.execute(text("select count(*) from tasks group by xmin::text order by 1"))
+        return list(rows.scalars())
+
+
+async def test_whoever_comes_when_all_have_been_served_is_served_too(submissions, monkeypatch):
+    """He once waited for the next one to come."""
+    monkeypatch.setattr(gateway.submissions, "TRANSACTIONS", 1)
+
+    async with asyncio.timeout(20):
+        for _ in range(10):
+            assert await submissions.submit([task()], None) is None
+
+
+@contextlib.asynccontextmanager
+async def locked(engine):
+    """Nobody can write a task meanwhile."""
+    async with engine.connect() as connection:
+        await connection.execute(text("lock table tasks in access exclusive mode"))
+        yield
+
+
+async def test_nobody_waits_for_a_turn_longer_than_he_may(gateway_engine):
+    submissions = Submissions(gateway_engine, wait_seconds=0.3)
+    new = [task() for _ in range(5)]
+
+    async with locked(gateway_engine):
+        begun = []
+        for each in new[:2]:
+            begun.append(asyncio.create_task(submissions.submit([each], None)))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        late = await asyncio.gather(*(submissions.submit([each], None) for each in new[2:]), return_exceptions=True)
+    assert await asyncio.gather(*begun) == [None, None]
+
+    assert [type(outcome) for outcome in late] == [DatabaseUnavailable] * 3
+    assert await ids(gateway_engine) == {each.id for each in new[:2]}
+
+
+async def test_somebody_elses_hold_on_a_key_is_waited_for_by_its_own_request_alone(
+    submissions, gateway_engine, client_id
+):
+    others = [task() for _ in range(10)]
+
+    async with gateway_engine.begin() as elsewhere:
+        await idempotency.claim(elsewhere, key_of(client_id, "held"))
+        repeated = asyncio.create_task(submissions.submit([task()], key_of(client_id, "held")))
+        outcomes = await asyncio.gather(*(submissions.submit([each], None) for each in others))
+        assert not repeated.done()
+
+    assert outcomes == [None] * 10
+    assert await repeated == b"first"
+    assert await ids(gateway_engine) == {each.id for each in others}
+
+
+async def test_no_more_tasks_share_a_transaction_than_may(submissions, gateway_engine, monkeypatch):
+    monkeypatch.setattr(gateway.submissions, "TRANSACTIONS", 1)
+    monkeypatch.setattr(gateway.submissions, "TASKS_TOGETHER", 5)
+
+    await asyncio.gather(*(submissions.submit([task() for _ in range(count)], None) for count in (1, 3, 3, 7)))
+
+    assert await transactions(gateway_engine) == [3, 4, 7]
+
+
+async def test_no_more_bytes_share_a_transaction_than_may(submissions, gateway_engine, monkeypatch):
+    monkeypatch.setattr(gateway.submissions, "TRANSACTIONS", 1)
+    monkeypatch.setattr(gateway.submissions, "BYTES_TOGETHER", 1000)
+
+    await asyncio.gather(*(submissions.submit([task()], None, size=400) for _ in range(5)))
+
+    assert await transactions(gateway_engine) == [1, 2, 2]
+
+
+async def test_what_has_begun_is_committed_before_the_gateway_ends(submissions, gateway_engine):
+    new = [task() for _ in range(3)]
+    callers = [asyncio.create_task(submissions.submit([each], None)) for each in new]
     await asyncio.sleep(0)
-    second = [asyncio.create_task(submissions.submit([task()], None)) for _ in range(3)]
+    for caller in callers:
+        caller.cancel()
 
-    await asyncio.gather(*first, *second)
+    await submissions.close()
 
-    async with gateway_engine.connect() as connection:
-        assert (await connection.execute(select(func.count()).select_from(tasks))).scalar_one() == 6
-        oldest = (await connection.execute(select(func.min(tasks.c.created_at)))).scalar_one()
-    assert oldest <= datetime.now(UTC)
+    assert await ids(gateway_engine) == {each.id for each in new}

@@ -31,7 +31,7 @@ from taskmesh.exchanges import DIRECT, EVENTS
 from taskmesh.health import Health
 from taskmesh.management import Management
 from taskmesh.outbox import NOTIFY_CHANNEL, OutboxMessage, insert_messages, outbox, outbox_watch
-from taskmesh.outbox_watch import PAUSE_SECONDS
+from taskmesh.outbox_watch import BUSY_PAUSE_SECONDS, MARGIN_SECONDS, PAUSE_SECONDS, WATCH_SECONDS
 from taskmesh.publishing import Outcome
 from taskmesh.relay import OutboxRow, Relay, ServiceHooks, announce_once
 from taskmesh.testing.proxy import TcpProxy
@@ -291,6 +291,33 @@ async def test_a_row_that_trusted_in_a_watch_and_was_committed_after_it_leaves(e
             while await is_watched(engine):  # noqa: ASYNC110 - a row has no signal
                 await asyncio.sleep(0.005)
         assert await count() == before
+        await hooks.until(lambda rows: last.task_id in {row.task_id for row in rows})
+
+
+async def test_a_row_that_trusted_in_a_watch_leaves_although_the_look_before_it_took_long(engine, broker, database_url):
+    """The look began under the watch and ended after it; the relay once slept then until its next poll."""
+    slow, last = command(), command()
+    looked, is_over = asyncio.Event(), asyncio.Event()
+
+    async def act(_, rows):
+        if slow.task_id in {row.task_id for row in rows}:
+            looked.set()
+            await is_over.wait()
+
+    hooks = Watched(act)
+    async with relaying(engine, broker.amqp_url, hooks, poll_seconds=30.0), listening(database_url) as count:
+        await keep_busy(engine)
+        # A look that has found nothing, so that the next one does not renew the watch.
+        await _until(engine, lambda rows: not rows)
+        await asyncio.sleep(2 * BUSY_PAUSE_SECONDS)
+        before = await count()
+        async with engine.begin() as connection:
+            await connection.execute(insert_messages([last]))
+            await put(engine, slow)
+            await looked.wait()
+            assert await count() == before
+            await asyncio.sleep(WATCH_SECONDS + 2 * MARGIN_SECONDS)
+        is_over.set()
         await hooks.until(lambda rows: last.task_id in {row.task_id for row in rows})
 
 

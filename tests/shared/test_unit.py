@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import text
 
 from taskmesh.database import migrate, sync_engine
+from taskmesh.errors import TaskCancelled
 from taskmesh.inbox import InboxState
 from taskmesh.worker.unit import Key, TaskSession, Unit
 
@@ -64,3 +65,33 @@ def test_what_it_raises_is_logged_and_undoes_nothing(engine, unit, caplog):
 
     assert (seen, committed(engine)) == (["called"], 1)
     assert [record.message for record in caplog.records] == ["hook failed"]
+
+
+def test_a_cancellation_that_came_after_the_start_was_counted_is_learnt_from_the_claim(engine):
+    key = Key(uuid4(), 0)
+    with engine.begin() as connection:
+        connection.execute(
+            text("insert into cancellations (task_id, requested_at) values (:id, now())"), {"id": key.task_id}
+        )
+    unit = Unit(key, lambda: TaskSession(engine))
+
+    with pytest.raises(TaskCancelled):
+        unit.open(unless_cancelled=True)
+
+    unit.drop()
+    assert committed(engine) == 0
+
+
+def test_a_cancellation_does_not_keep_a_task_from_its_last_transaction(engine):
+    """In transaction mode "last" it has run by then: too late."""
+    key = Key(uuid4(), 0)
+    with engine.begin() as connection:
+        connection.execute(
+            text("insert into cancellations (task_id, requested_at) values (:id, now())"), {"id": key.task_id}
+        )
+    unit = Unit(key, lambda: TaskSession(engine))
+    unit.open()
+
+    unit.settle(InboxState.SUCCEEDED, [])
+
+    assert committed(engine) == 1

@@ -87,7 +87,7 @@ class Claim:
     """An attempt's hold on its task.
 
     Attributes:
-        is_cancelled: Somebody wanted the task cancelled when it was taken.
+        is_cancelled: Somebody wanted the task cancelled when it was asked for.
     """
 
     is_cancelled: bool

@@ -26,17 +26,18 @@ WATCH_SECONDS: Final = 0.25
 """How long a watch lasts; it is renewed at half of it."""
 
 MARGIN_SECONDS: Final = 0.1
-"""A relay looks for so long after its watch. A row whose transaction trusted in the watch and took longer to commit
-waits for the relay's next poll."""
+"""A relay looks once more when its watch has been over for so long. A row whose transaction trusted in the watch and
+took longer to commit waits for the relay's next poll."""
 
 BUSY_BATCHES: Final = 3
 """After so many batches, each of which came right after the one before, a relay keeps watch."""
 
-_KEEP = insert(outbox_watch).values(until=func.clock_timestamp() + timedelta(seconds=WATCH_SECONDS))
-_KEEP = _KEEP.on_conflict_do_update(
-    # Of two relays the one that looks longest counts.
-    index_elements=[outbox_watch.c.is_one],
-    set_={"until": func.greatest(outbox_watch.c.until, _KEEP.excluded.until)},
+_UNTIL = func.clock_timestamp() + timedelta(seconds=WATCH_SECONDS)
+# Of two relays the one that says so later looks later.
+_KEEP = (
+    insert(outbox_watch)
+    .values(until=_UNTIL)
+    .on_conflict_do_update(index_elements=[outbox_watch.c.is_one], set_={"until": _UNTIL})
 )
 
 
@@ -59,7 +60,7 @@ class Watch:
 
     @property
     def is_kept(self) -> bool:
-        """True while somebody may write a row without a notification."""
+        """True while somebody may still commit a row without a notification."""
         return time.monotonic() < self._until + MARGIN_SECONDS
 
     @property

@@ -229,6 +229,7 @@ class Relay:
             self._woken.clear()
             try:
                 await self._publisher.connected()
+                was_kept = self._watch.is_kept
                 look = await self._move()
                 await self._watch.note(rows=look.rows)
             except Exception as error:
@@ -248,18 +249,25 @@ class Relay:
                 ready = True
             backoff.reset()
             if not look.is_full:
-                await self._wait(look, stop)
+                await self._wait(look, stop, is_watching=was_kept or self._watch.is_kept)
 
-    async def _wait(self, look: _Look, stop: asyncio.Event) -> None:
-        """Let rows gather after a batch; without one, wait until somebody says that there is something to do."""
+    async def _wait(self, look: _Look, stop: asyncio.Event, *, is_watching: bool) -> None:
+        """Let rows gather after a batch; without one, wait until somebody says that there is something to do.
+
+        Args:
+            look: At the outbox, the last one.
+            stop: Ends the wait.
+            is_watching: Whether the watch was kept when the look began, or is kept now: then another look is due,
+                because somebody may have written a row after that look and told nobody.
+        """
         wait_seconds = look.wait_seconds
-        if look.rows or self._watch.is_kept:
+        if look.rows or is_watching:
             pause_seconds = self._watch.pause_seconds
             wait_seconds -= pause_seconds
             # Notifications do not cut it short.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), pause_seconds)
-        if wait_seconds > 0 and not self._watch.is_kept and not self._woken.is_set():
+        if wait_seconds > 0 and not is_watching and not self._woken.is_set():
             self._watch.rest()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), wait_seconds)

@@ -54,7 +54,7 @@ def create_app(settings: ApiSettings, health: Health | None = None) -> FastAPI:
         catalogue=Catalogue(engine),
         authenticator=Authenticator(engine),
         doorbell=Doorbell(settings.database_url),
-        submissions=Submissions(engine),
+        submissions=Submissions(engine, wait_seconds=settings.database_wait_seconds),
     )
 
     @contextlib.asynccontextmanager
@@ -67,6 +67,7 @@ def create_app(settings: ApiSettings, health: Health | None = None) -> FastAPI:
             for companion in companions:
                 companion.cancel()
             await asyncio.gather(*companions, return_exceptions=True)
+            await gateway.submissions.close()
             await engine.dispose()
 
     app = FastAPI(

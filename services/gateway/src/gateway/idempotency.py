@@ -21,6 +21,9 @@ from taskmesh.errors import ConflictError
 
 MAX_LENGTH = 200
 
+PATIENCE_SECONDS = 0.5
+"""How long many wait together for somebody who holds the key of one of them; each of them then waits alone."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
@@ -74,9 +77,10 @@ async def claim(connection: AsyncConnection, key: Key) -> bytes | None:
 
 _CLAIM = text(
     """
+    with patience as materialized (select set_config('lock_timeout', :patience, true))
     insert into idempotency_keys (api_key_id, key, request_sha256, response)
-    select *
-    from unnest(
+    select given.*
+    from patience, unnest(
         cast(:clients as uuid[]), cast(:names as text[]), cast(:hashes as bytea[]), cast(:responses as bytea[])
     ) as given(api_key_id, key, request_sha256, response)
     -- Whoever waits for another's keys holds none that the other waits for.
@@ -87,9 +91,22 @@ _CLAIM = text(
 )
 
 
-async def claim_all(connection: AsyncConnection, keys: Sequence[Key]) -> set[tuple[UUID, str]]:
-    """Take those of these keys that are free, as `claim` does; returns the identities of what was taken."""
+async def claim_all(
+    connection: AsyncConnection, keys: Sequence[Key], *, wait_seconds: float = 0
+) -> set[tuple[UUID, str]]:
+    """Take those of these keys that are free, as `claim` does; returns the identities of what was taken.
+
+    Args:
+        connection: See `claim`.
+        keys: Each once.
+        wait_seconds: How long the transaction waits for each lock, here and later: for somebody who holds one of the
+            keys, for example. 0: as long as a statement may take.
+
+    Raises:
+        sqlalchemy.exc.OperationalError: It has waited for so long (`LockNotAvailable`).
+    """
     given = {
+        "patience": f"{round(wait_seconds * 1000)}ms",
         "clients": [key.api_key_id for key in keys],
         "names": [key.name for key in keys],
         "hashes": [key.request_sha256 for key in keys],

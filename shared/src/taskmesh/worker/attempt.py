@@ -215,7 +215,7 @@ class Attempt:
 
         Raises:
             AlreadySettled: The task is finished, or a later attempt is under way.
-            TaskCancelled: Somebody wants it cancelled.
+            TaskCancelled: Somebody wants it cancelled, and its claim will not tell.
             Poison: Its worker was lost, and no attempt is left.
         """
         if self.due_at and self.due_at > datetime.now(UTC):
@@ -226,12 +226,14 @@ class Attempt:
             raise Settled
         with self.task.app.autocommit() as connection:
             starts = inbox.check_in(connection, self.task_id, self.sequence, self.worker, again=self.starts > 0)
-            if starts is None:
-                raise AlreadySettled
-            self.starts = starts
+            self.starts = starts or self.starts
             # Most attempts learn it from their claim, which comes next.
-            if (self.losses or self.task.transaction_mode == "last") and inbox.is_cancelled(connection, self.task_id):
-                raise TaskCancelled("cancelled before its attempt began")
+            asks = starts is not None and (self.losses > 0 or self.task.transaction_mode == "last")
+            is_cancelled = asks and inbox.is_cancelled(connection, self.task_id)
+        if starts is None:
+            raise AlreadySettled
+        if is_cancelled:
+            raise TaskCancelled("cancelled before its attempt began")
         if self.losses and self._spent(self.starts - 1):
             losses = self.losses
             # This delivery runs nothing, so it is not told as an attempt.

@@ -111,10 +111,14 @@ class Traces:
             tasks: Of the ledger.
         """
         parents = self._roles_of_parents()
+        begun: dict[str, int] = {}
+        for span in self.spans.values():
+            begun[span.trace_id] = min(span.start, begun.get(span.trace_id, span.start))
         found = []
         for span in self.spans.values():
             if span.parent_id and (span.trace_id, span.parent_id) not in self.spans:
-                begin = end = span.start / 1e9
+                # An event may have waited in its outbox for as long as its relay was stopped.
+                begin, end = begun[span.trace_id] / 1e9, span.start / 1e9
                 if span.task_id and (task := tasks.get(UUID(span.task_id))):
                     # It may run an hour after it was asked for, and what has asked ended then.
                     begin = task.created_at.timestamp()

@@ -327,7 +327,7 @@ async def _accept(
     """Commit tasks, or find the answer that the same request got before."""
     named = None if key is None else idempotency.Key.of(request, key, api_key_id=client.id, response=body)
     with ledger_span():
-        first = await gateway.submissions.submit(new, named)
+        first = await gateway.submissions.submit(new, named, size=len(body))
     if first is not None:
         return _Accepted(body=first, replayed=True)
     measuring.count_accepted(new)
