@@ -455,6 +455,23 @@ def test_a_duplicate_that_waits_beyond_its_soft_time_limit_does_not_fail_the_tas
     assert orders.notes(task_id) == ["done"]
 
 
+def test_a_duplicate_costs_its_process_no_connection(orders: Orders) -> None:
+    """Each once cancelled a query that nobody ran, and closed the connection."""
+    connections = "select pid from pg_stat_activity where datname = current_database() and application_name ~ '^taskmesh-[0-9a-f]+$'"
+    log = orders.health / "worker.log"
+    task_id = orders.send("orders.order.place", name="once")
+    assert orders.wait(task_id) == "succeeded"
+    skipped = log.read_text().count("delivery skipped")
+    before = orders.rows(connections)
+
+    for _ in range(4):
+        orders.send("orders.order.place", task_id=task_id, name="once")
+    eventually(lambda: log.read_text().count("delivery skipped") == skipped + 4)
+
+    assert before
+    assert set(before) <= set(orders.rows(connections))
+
+
 def test_a_retry_without_throw_sends_what_is_linked_once(orders: Orders) -> None:
     """The link belongs to the task, which has not ended yet."""
     link = {"task": "orders.plain.note", "args": [], "kwargs": {}, "options": {}, "subtask_type": None}
