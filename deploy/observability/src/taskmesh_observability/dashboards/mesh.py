@@ -205,7 +205,7 @@ _GATEWAY: Final = Row(
         graph(
             "Time to answer",
             SECONDS,
-            "Of `POST /v1/tasks`. The points lead to traces; `ledger transaction` is the part that the database takes. "
+            "Of `POST /v1/tasks`. The points lead to traces; `ledger transaction` is the part that the database takes, and the wait for a turn. "
             "Answers that wait for a task (`Prefer: wait`) are among them.",
             *quantiles("http_server_request_duration_seconds", 'job="gateway", http_route="/v1/tasks"'),
         ),
