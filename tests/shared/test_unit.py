@@ -35,6 +35,16 @@ def committed(engine) -> int:
         return connection.execute(text("select count(*) from inbox")).scalar_one()
 
 
+def cancelled(engine) -> Unit:
+    """Of a task that somebody wants cancelled."""
+    task_id = uuid4()
+    with engine.begin() as connection:
+        connection.execute(
+            text("insert into cancellations (task_id, requested_at) values (:id, now())"), {"id": task_id}
+        )
+    return Unit(Key(task_id, 0), lambda: TaskSession(engine))
+
+
 def test_it_is_called_once_the_effect_is_committed(engine, unit):
     seen: list[int] = []
     unit.after_commit.append(lambda: seen.append(committed(engine)))
@@ -68,12 +78,7 @@ def test_what_it_raises_is_logged_and_undoes_nothing(engine, unit, caplog):
 
 
 def test_a_cancellation_that_came_after_the_start_was_counted_is_learnt_from_the_claim(engine):
-    key = Key(uuid4(), 0)
-    with engine.begin() as connection:
-        connection.execute(
-            text("insert into cancellations (task_id, requested_at) values (:id, now())"), {"id": key.task_id}
-        )
-    unit = Unit(key, lambda: TaskSession(engine))
+    unit = cancelled(engine)
 
     with pytest.raises(TaskCancelled):
         unit.open(unless_cancelled=True)
@@ -84,12 +89,7 @@ def test_a_cancellation_that_came_after_the_start_was_counted_is_learnt_from_the
 
 def test_a_cancellation_does_not_keep_a_task_from_its_last_transaction(engine):
     """In transaction mode "last" it has run by then: too late."""
-    key = Key(uuid4(), 0)
-    with engine.begin() as connection:
-        connection.execute(
-            text("insert into cancellations (task_id, requested_at) values (:id, now())"), {"id": key.task_id}
-        )
-    unit = Unit(key, lambda: TaskSession(engine))
+    unit = cancelled(engine)
     unit.open()
 
     unit.settle(InboxState.SUCCEEDED, [])
