@@ -241,8 +241,7 @@ async def test_a_row_that_is_brought_forward_by_an_insert_elsewhere_does_not_wai
 async def listening(database_url):
     """Counts the notifications that wake relays."""
     heard = []
-    url = database_url.get_secret_value() if hasattr(database_url, "get_secret_value") else database_url
-    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+    async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
         connection.add_notify_handler(heard.append)
         await connection.execute(f"listen {NOTIFY_CHANNEL}")
 

@@ -1,8 +1,7 @@
-"""How many small transactions a second the mesh's PostgreSQL commits, alone and side by side, plain and notifying.
+"""How many small transactions a second the mesh's PostgreSQL commits: alone, side by side, and on one counter.
 
-A transaction that has notified holds a lock of the whole server until it is on disk, so that notifications are in the
-order of commits: such transactions cannot share a flush with each other. Whoever has updated a counter holds its row as
-long. Both are in the way of a growing mesh: each outbox notifies its relay, and invoice numbers come from a counter.
+Transactions side by side share flushes. Whoever has updated a counter holds its row until the flush, so such ones
+cannot; that is in the way of a growing mesh, because invoice numbers come from a counter.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ INSERT: LiteralString = "insert into ceiling (payload) values (repeat('x', 200))
 TRANSACTIONS: dict[str, tuple[int, tuple[LiteralString, ...]]] = {
     "alone": (1, (INSERT,)),
     "side_by_side": (SIDE_BY_SIDE, (INSERT,)),
-    "notifying": (SIDE_BY_SIDE, (INSERT, "notify ceiling")),
     "one_counter": (SIDE_BY_SIDE, (INSERT, "update counter set last = last + 1")),
 }
 

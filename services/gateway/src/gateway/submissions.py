@@ -33,6 +33,7 @@ TASKS_TOGETHER: Final = 500
 BYTES_TOGETHER: Final = 4 * 1024 * 1024
 """Nor do tasks of more bytes."""
 CLOSE_SECONDS: Final = 5.0
+"""How long a gateway that stops waits for transactions whose callers have gone."""
 
 NOT_ANSWERED: Final = ("08", "57P")
 """SQLSTATEs with which a server ends a connection. Whether a COMMIT that was under way counts, nobody knows then."""

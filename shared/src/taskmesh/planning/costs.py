@@ -50,7 +50,7 @@ class Costs(BaseModel):
     database_connections: dict[str, int]
     broker_connections: dict[str, int]
     commits_per_second: dict[str, float]
-    """Of small transactions: `alone` on one connection, then `side_by_side`, `notifying` and on `one_counter` on 16."""
+    """Of small transactions: `alone` on one connection, then `side_by_side` and on `one_counter` on 16."""
 
 
 @cache

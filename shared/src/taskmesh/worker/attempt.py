@@ -233,7 +233,7 @@ class Attempt:
         if starts is None:
             raise AlreadySettled
         if is_cancelled:
-            raise TaskCancelled("cancelled before its attempt began")
+            raise TaskCancelled(units.NOT_BEGUN)
         if self.losses and self._spent(self.starts - 1):
             losses = self.losses
             # This delivery runs nothing, so it is not told as an attempt.

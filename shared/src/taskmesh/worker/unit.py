@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 CANCEL_SECONDS = 2.0
 
+NOT_BEGUN = "cancelled before its attempt began"
+
 SOUND = frozenset({TransactionStatus.INTRANS, TransactionStatus.INERROR})
 """In these a savepoint can be returned to."""
 
@@ -102,7 +104,7 @@ class Unit:
         if claim is None:
             raise AlreadySettled
         if unless_cancelled and claim.is_cancelled:
-            raise TaskCancelled("cancelled before its attempt began")
+            raise TaskCancelled(NOT_BEGUN)
         return session
 
     def settle(self, state: InboxState, messages: list[OutboxMessage], *, replaced: bool = False) -> None:
