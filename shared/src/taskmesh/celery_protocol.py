@@ -18,6 +18,8 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid5
 
+import pydantic_core
+
 from taskmesh import exchanges, logs
 from taskmesh.contracts._base import TYPE_MAX_LENGTH, TYPE_PATTERN
 from taskmesh.contracts.lifecycle import TaskKind
@@ -87,7 +89,8 @@ class MalformedMessage(PermanentError):
     code = "malformed"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Not frozen, which would have each field set by a function call: this and an outbox message are made for each task.
+@dataclass(slots=True, kw_only=True)
 class TaskMessage:
     """One task on the wire.
 
@@ -360,7 +363,7 @@ def _arguments(content: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
 
 
 def _dumps(content: Any) -> bytes:
-    return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    return pydantic_core.to_json(content)
 
 
 def _is_timelimit(value: Any) -> bool:

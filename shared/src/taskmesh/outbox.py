@@ -72,7 +72,7 @@ outbox_watch = Table(
 """Until when a relay looks at the outbox unasked, in at most one row. Unlogged: after a crash nobody keeps watch."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class OutboxMessage:
     """A message on its way into the outbox.
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
 from gateway import problems, tracing
 from gateway.auth import Authenticator
 from gateway.bodies import BodyLimit
 from gateway.catalogue import Catalogue
 from gateway.dependencies import Gateway
+from gateway.fast_path import FastPath
 from gateway.headers import SafeHeaders
 from gateway.openapi import LiveOpenApi
 from gateway.routes import (
@@ -100,6 +103,7 @@ def create_app(settings: ApiSettings, health: Health | None = None) -> FastAPI:
     app.mount("/docs/swagger-ui", documents.SWAGGER_UI)
     problems.install(app, [route for router in routers for route in router.routes])
     # The last one added is the first that a request meets.
+    app.add_middleware(FastPath, gateway=gateway, route=_route_of(tasks.submit_task))
     app.add_middleware(BodyLimit)
     app.add_middleware(problems.UnexpectedErrors)
     app.add_middleware(SafeHeaders)
@@ -121,6 +125,11 @@ def http_config(app: FastAPI, settings: ApiSettings) -> uvicorn.Config:
         reset_contextvars=True,
         timeout_graceful_shutdown=settings.http_drain_seconds,
     )
+
+
+def _route_of(endpoint: Callable[..., Any]) -> APIRoute:
+    [route] = [each for each in tasks.router.routes if isinstance(each, APIRoute) and each.endpoint is endpoint]
+    return route
 
 
 async def _beat(health: Health | None) -> None:

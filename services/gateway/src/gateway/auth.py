@@ -85,6 +85,18 @@ class Authenticator:
             raise _unauthenticated()
         return entry.client
 
+    async def authorize(self, token: str, scope: Scope) -> Client:
+        """The client behind a key that has the scope.
+
+        Raises:
+            Problem: `unauthenticated` or `forbidden`.
+            DatabaseUnavailable: As of `authenticate`.
+        """
+        client = await self.authenticate(token)
+        if scope not in client.scopes:
+            raise Problem("forbidden", f"the API key lacks the scope {scope.value}")
+        return client
+
     async def _look_up(self, key_id: UUID) -> _Entry:
         async with transaction(self._engine) as connection:
             statement = select(api_keys).where(api_keys.c.id == key_id, api_keys.c.revoked_at.is_(None))
@@ -131,10 +143,7 @@ def requires(scope: Scope) -> Callable[..., Coroutine[Any, Any, Client]]:
         if credentials is None:
             raise _unauthenticated()
         authenticator: Authenticator = request.app.state.gateway.authenticator
-        client = await authenticator.authenticate(credentials.credentials)
-        if scope not in client.scopes:
-            raise Problem("forbidden", f"the API key lacks the scope {scope.value}")
-        return client
+        return await authenticator.authorize(credentials.credentials, scope)
 
     return authorize
 

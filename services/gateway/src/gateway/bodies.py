@@ -71,6 +71,15 @@ async def _discard(receive: Receive) -> None:
                     return
 
 
+def read_json(body: bytes) -> Any:
+    """Strict JSON as Python values.
+
+    Raises:
+        ValueError: It is none.
+    """
+    return pydantic_core.from_json(body, allow_inf_nan=False)
+
+
 class JsonRequest(Request):
     """A request whose body is strict JSON: no NaN, no lone surrogates, no bottomless nesting."""
 
@@ -79,7 +88,7 @@ class JsonRequest(Request):
         if not hasattr(self, "_json"):
             body = await self.body()
             try:
-                self._json = pydantic_core.from_json(body, allow_inf_nan=False)
+                self._json = read_json(body)
             except ValueError as error:
                 # The shape that FastAPI knows as "not JSON"; without the text, which quotes the body.
                 raise json.JSONDecodeError("not JSON", "", 0) from error

@@ -16,7 +16,7 @@ from taskmesh.outbox import OutboxMessage
 from taskmesh.traces import Creation
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class NewTask:
     """A task that somebody has asked for, with its id and its time of birth.
 

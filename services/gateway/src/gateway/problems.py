@@ -275,20 +275,22 @@ def translate(error: TaskmeshError) -> Problem:
             return Problem("internal", "an unexpected error; the trace id finds it in the logs")
 
 
+def answer(error: Problem | TaskmeshError, path: str) -> JSONResponse:
+    """The response to a request that is refused."""
+    if isinstance(error, Problem):
+        return respond(error, path)
+    if isinstance(error, TransientError):
+        logger.warning("request refused", extra={"code": error.code, "path": path})
+    return respond(translate(error), path)
+
+
 def install(app: FastAPI, routes: Iterable[BaseRoute]) -> None:
     """Answer every error of the application, which has these routes, with a problem document."""
     known = [route for route in routes if isinstance(route, Route)]
 
-    async def on_problem(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, Problem)
-        return respond(error, request.scope["path"])
-
-    async def on_mesh_error(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, TaskmeshError)
-        problem = translate(error)
-        if isinstance(error, TransientError):
-            logger.warning("request refused", extra={"code": error.code, "path": request.scope["path"]})
-        return respond(problem, request.scope["path"])
+    async def on_refusal(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, Problem | TaskmeshError)
+        return answer(error, request.scope["path"])
 
     async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -298,8 +300,8 @@ def install(app: FastAPI, routes: Iterable[BaseRoute]) -> None:
             error.headers = {"Allow": ", ".join(sorted({method for route in here for method in route.methods or ()}))}
         return _respond_to_http(request, error)
 
-    app.add_exception_handler(Problem, on_problem)
-    app.add_exception_handler(TaskmeshError, on_mesh_error)
+    app.add_exception_handler(Problem, on_refusal)
+    app.add_exception_handler(TaskmeshError, on_refusal)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, on_http_exception)
 

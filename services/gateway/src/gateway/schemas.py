@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final, Protocol, Self
 from uuid import UUID
 
+import pydantic_core
 from pydantic import (
     AfterValidator,
     AwareDatetime,
@@ -143,9 +144,17 @@ class TaskView(BaseModel):
         """The view of a row of the ledger."""
         return cls.model_validate(row)
 
+    @classmethod
+    def json_of(cls, row: Mapping[str, Any]) -> bytes:
+        """The view of a row that was made here, as it is sent: a new task's needs no reading, only writing."""
+        return pydantic_core.to_json({name: row[name] for name in _SHOWN})
+
     def without_contents(self) -> TaskView:
         """The view for a caller who may not read what the task was given and what it gave."""
         return self.model_copy(update={"payload": None, "result": None})
+
+
+_SHOWN: Final = tuple(TaskView.model_fields)
 
 
 class TaskPage(BaseModel):
@@ -162,6 +171,11 @@ class TaskBatch(BaseModel):
     """The tasks of a batch, in the order in which they were sent."""
 
     items: list[TaskView]
+
+    @classmethod
+    def json_of(cls, rows: Sequence[Mapping[str, Any]]) -> bytes:
+        """The view of rows that were made here; see `TaskView.json_of`."""
+        return b'{"items":[%s]}' % b",".join(TaskView.json_of(row) for row in rows)
 
 
 class TypeView(BaseModel):

@@ -13,12 +13,13 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from gateway import idempotency, schedules
+from gateway.accepting import check_payload, recall
 from gateway.auth import Client, ScheduleReader, ScheduleWriter
 from gateway.bodies import JsonRoute
 from gateway.dependencies import Gateway, GatewayParts
 from gateway.ledger import Position
 from gateway.problems import FieldError, Problem, declare
-from gateway.routes.tasks import IdempotencyKey, check_payload, recall
+from gateway.routes.tasks import IdempotencyKey
 from gateway.schedules import Definition, Fire, Misfire, Outcome, Overlap, Reason, Schedule
 from gateway.schemas import Tag, TypeName, Utc, decode_cursor, encode_cursor
 from gateway.timetable import InvalidTimetable

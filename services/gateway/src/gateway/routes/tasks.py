@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Annotated, Any, Final
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
 from uuid import UUID
 
 import pydantic_core
 from fastapi import APIRouter, Header, Path, Query, Response
-from opentelemetry import trace
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Row
 from starlette.responses import StreamingResponse
 
-from gateway import idempotency, ledger, measuring, waiting
-from gateway.auth import Client, TaskReader, TaskWriter
-from gateway.bodies import MAX_TASK_BYTES, JsonRoute
-from gateway.catalogue import KnownType, Snapshot
+from gateway import idempotency, ledger, waiting
+from gateway.accepting import Accepted, accept_batch, accept_task
+from gateway.auth import TaskReader, TaskWriter
+from gateway.bodies import JsonRoute
 from gateway.dependencies import Gateway, GatewayParts
 from gateway.ledger import Filter
-from gateway.new_tasks import NewTask
-from gateway.problems import KINDS, FieldError, Problem, declare, pointer
+from gateway.problems import FieldError, Problem, declare
 from gateway.routes.preferences import Prefer, wait_seconds
 from gateway.schemas import (
     BatchSubmission,
@@ -36,18 +31,14 @@ from gateway.schemas import (
     decode_cursor,
     encode_cursor,
 )
-from gateway.tracing import ledger_span
 from gateway.transactions import transaction
-from taskmesh import logs, traces
+from taskmesh import logs
 from taskmesh.contracts.lifecycle import TaskState
 from taskmesh.errors import DatabaseUnavailable
 
 logger = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/v1/tasks", tags=["tasks"], route_class=JsonRoute)
-
-MANY: Final = 20
-"""More payloads than these are validated off the event loop, which has other callers to serve."""
 
 IdempotencyKey = Annotated[
     str | None,
@@ -79,14 +70,6 @@ class TaskQuery(BaseModel):
     cursor: Annotated[str, Field(max_length=500)] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Accepted:
-    """An answer to a submission: the body, byte for byte, and whether it was given before."""
-
-    body: bytes
-    replayed: bool
-
-
 @router.post(
     "",
     status_code=202,
@@ -111,15 +94,7 @@ async def submit_task(
     prefer: Prefer = None,
 ) -> Response:
     """Accept a task. 202 means that it is committed: it will reach exactly one terminal state, whatever crashes."""
-    try:
-        known = await check_payload(gateway, submission.type, submission.payload)
-    except Problem as refusal:
-        first = await recall(gateway, client, idempotency_key, submission, refusal)
-        accepted = _Accepted(body=first, replayed=True)
-    else:
-        task = _new_task(submission, known, client)
-        body = TaskView.of(task.row()).model_dump_json().encode()
-        accepted = await _accept(gateway, client, [task], key=idempotency_key, request=submission, body=body)
+    accepted = await accept_task(gateway, client, submission, key=idempotency_key)
     return await _answer_submission(gateway, accepted, prefer)
 
 
@@ -140,22 +115,8 @@ async def submit_batch(
     batch: BatchSubmission, client: TaskWriter, gateway: GatewayParts, idempotency_key: IdempotencyKey = None
 ) -> Response:
     """Accept up to 500 tasks together, or none of them."""
-    snapshot = await gateway.catalogue.current()
-    if any(submission.type not in snapshot.commands for submission in batch.tasks):
-        snapshot = await gateway.catalogue.current(max_age_seconds=0)
-    try:
-        if len(batch.tasks) > MANY:
-            await asyncio.to_thread(_check_batch, batch.tasks, snapshot)
-        else:
-            _check_batch(batch.tasks, snapshot)
-    except Problem as refusal:
-        first = await recall(gateway, client, idempotency_key, batch, refusal)
-        accepted = _Accepted(body=first, replayed=True)
-    else:
-        new = [_new_task(submission, snapshot.commands[submission.type], client) for submission in batch.tasks]
-        body = TaskBatch(items=[TaskView.of(task.row()) for task in new]).model_dump_json().encode()
-        accepted = await _accept(gateway, client, new, key=idempotency_key, request=batch, body=body)
-    return Response(accepted.body, 202, headers=_replayed(accepted), media_type="application/json")
+    accepted = await accept_batch(gateway, client, batch, key=idempotency_key)
+    return Response(accepted.body, 202, headers=accepted.headers, media_type="application/json")
 
 
 @router.get("", responses=declare("invalid_request"))
@@ -256,125 +217,19 @@ def _sse(row: Row[Any]) -> str:
     return f"id: {row.seq}\nevent: state\ndata: {event.model_dump_json()}\n\n"
 
 
-async def check_payload(gateway: Gateway, type_name: str, payload: Mapping[str, Any]) -> KnownType:
-    """Hold a payload against the contract of its type, as its worker announces it.
-
-    Raises:
-        Problem: `unknown_type` or `contract_violation`.
-    """
-    known, snapshot = await gateway.catalogue.find_command(type_name)
-    if known is None:
-        raise _unknown_type(type_name, snapshot)
-    errors = known.validator.errors(payload)
-    if errors:
-        raise Problem("contract_violation", f"the payload does not fit {known.type}", errors=errors)
-    return known
-
-
-def _unknown_type(type_name: str, snapshot: Snapshot, errors: Sequence[FieldError] = ()) -> Problem:
-    if snapshot.find(type_name) is not None:
-        return Problem("unknown_type", "this type is an event; only commands can be submitted", errors=errors)
-    return Problem(
-        "unknown_type",
-        "no worker has announced this type",
-        errors=errors or [FieldError(pointer="/type", detail="is not a known task type")],
-        nearest=snapshot.nearest(type_name),
-    )
-
-
-def _check_batch(submissions: Sequence[TaskSubmission], snapshot: Snapshot) -> None:
-    errors: list[FieldError] = []
-    for index, submission in enumerate(submissions):
-        known = snapshot.commands.get(submission.type)
-        if known is None:
-            fault = FieldError(pointer=pointer(["tasks", index, "type"]), detail="is not a known task type")
-            raise _unknown_type(submission.type, snapshot, [fault])
-        if len(pydantic_core.to_json(submission.payload)) > MAX_TASK_BYTES:
-            fault = FieldError(pointer=pointer(["tasks", index, "payload"]), detail="has more than 128 KiB")
-            raise Problem("payload_too_large", KINDS["payload_too_large"].advice, errors=[fault])
-        errors += known.validator.errors(submission.payload, at=("tasks", index, "payload"))
-    if errors:
-        raise Problem("contract_violation", "payloads do not fit their types; no task was accepted", errors=errors)
-
-
-def _new_task(submission: TaskSubmission, known: KnownType, client: Client) -> NewTask:
-    now = datetime.now(UTC)
-    due_at = submission.due_at(now)
-    return NewTask(
-        type=known.type,
-        service=known.service,
-        version=known.manifest.version,
-        payload=submission.payload,
-        created_at=now,
-        due_at=due_at,
-        expires_at=submission.expires_at,
-        priority=submission.priority,
-        tags=submission.tags,
-        api_key_id=client.id,
-        creation=traces.due(due_at),
-    )
-
-
-async def _accept(
-    gateway: Gateway,
-    client: Client,
-    new: Sequence[NewTask],
-    *,
-    key: str | None,
-    request: BaseModel,
-    body: bytes,
-) -> _Accepted:
-    """Commit tasks, or find the answer that the same request got before."""
-    named = None if key is None else idempotency.Key.of(request, key, api_key_id=client.id, response=body)
-    with ledger_span():
-        first = await gateway.submissions.submit(new, named, size=len(body))
-    if first is not None:
-        return _Accepted(body=first, replayed=True)
-    measuring.count_accepted(new)
-    if len(new) == 1:
-        span = trace.get_current_span()
-        span.set_attribute("taskmesh.task.id", str(new[0].id))
-        span.set_attribute("taskmesh.task.type", new[0].type)
-    for task in new:
-        logger.info("task accepted", extra={**task.log_facts, "state": task.state})
-    return _Accepted(body=body, replayed=False)
-
-
-async def recall(gateway: Gateway, client: Client, key: str | None, request: BaseModel, refusal: Problem) -> bytes:
-    """The first answer to a request that is refused by now: what was accepted once stays accepted.
-
-    Its type may have changed or gone by the time that a caller repeats it.
-
-    Raises:
-        Problem: The refusal, if the request is new.
-    """
-    if key is not None:
-        async with transaction(gateway.engine) as connection:
-            sha256 = idempotency.fingerprint(request)
-            first = await idempotency.recall(connection, client.id, key, request_sha256=sha256)
-        if first is not None:
-            return first
-    raise refusal
-
-
-async def _answer_submission(gateway: Gateway, accepted: _Accepted, prefer: str | None) -> Response:
-    told = pydantic_core.from_json(accepted.body)
-    task_id = UUID(told["id"])
-    headers = {"Location": f"/v1/tasks/{task_id}", **_replayed(accepted)}
+async def _answer_submission(gateway: Gateway, accepted: Accepted, prefer: str | None) -> Response:
+    headers = accepted.headers
     seconds = wait_seconds(prefer)
-    if seconds:
+    if seconds and (task_id := accepted.task_id):
         headers["Preference-Applied"] = f"wait={seconds}"
         try:
             row = await waiting.wait_until_finished(gateway.engine, gateway.doorbell, task_id, task_id, seconds=seconds)
         except DatabaseUnavailable:
             # The task is committed. A 503 now would be a lie that has the caller submit it again.
+            told = pydantic_core.from_json(accepted.body)
             facts = logs.of_task(task_id, told["type"], told["attempt"], trace_id=told["trace_id"])
             logger.warning("wait given up", extra=facts)
         else:
             if TaskState(row.state).terminal:
                 return Response(TaskView.of(row).model_dump_json(), 200, headers=headers, media_type="application/json")
     return Response(accepted.body, 202, headers=headers, media_type="application/json")
-
-
-def _replayed(accepted: _Accepted) -> dict[str, str]:
-    return {"Idempotent-Replayed": "true"} if accepted.replayed else {}
