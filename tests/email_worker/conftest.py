@@ -55,7 +55,7 @@ class Caller:
     def emit(self, event: Event, *, session: Session | None = None) -> UUID:
         assert session is not None
         message = TaskMessage(type=event.type_name, id=uuid4(), payload=event.payload(), kind=TaskKind.EVENT)
-        outbox.put(session, [celery_protocol.event(message)])
+        outbox.put(session.connection(), [celery_protocol.event(message)])
         return message.id
 
 

@@ -65,7 +65,7 @@ class Fragile(Orders):
     def _write(self, message: TaskMessage) -> None:
         engine = sync_engine(self.database_url)
         with Session(engine) as session:
-            outbox.put(session, [celery_protocol.command(message)])
+            outbox.put(session.connection(), [celery_protocol.command(message)])
             session.commit()
         engine.dispose()
 

@@ -11,7 +11,7 @@ from sqlalchemy import text
 from taskmesh.database import migrate, sync_engine
 from taskmesh.errors import TaskCancelled
 from taskmesh.inbox import InboxState
-from taskmesh.worker.unit import Key, TaskSession, Unit
+from taskmesh.worker.unit import Key, Unit
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def engine(database_url: str) -> Iterator:
 
 @pytest.fixture
 def unit(engine) -> Iterator[Unit]:
-    unit = Unit(Key(uuid4(), 0), lambda: TaskSession(engine))
+    unit = Unit(Key(uuid4(), 0), engine.connect)
     unit.open()
     yield unit
     unit.drop()
@@ -42,7 +42,7 @@ def cancelled(engine) -> Unit:
         connection.execute(
             text("insert into cancellations (task_id, requested_at) values (:id, now())"), {"id": task_id}
         )
-    return Unit(Key(task_id, 0), lambda: TaskSession(engine))
+    return Unit(Key(task_id, 0), engine.connect)
 
 
 def test_it_is_called_once_the_effect_is_committed(engine, unit):

@@ -612,8 +612,8 @@ def test_a_task_that_outlasts_a_stopping_worker_runs_again(orders: Orders) -> No
 def test_what_celery_says_is_json_too(orders: Orders) -> None:
     """A process of the pool that was killed is one line among the others."""
     log = orders.health / "worker.log"
-    before = len(log.read_text())
-    os.kill(children_of(orders.processes["worker"].pid)[0], signal.SIGKILL)
+    child = children_of(orders.processes["worker"].pid)[0]
+    os.kill(child, signal.SIGKILL)
 
-    [line] = eventually(lambda: [line for line in log.read_text()[before:].splitlines() if "exited with" in line])
+    [line] = eventually(lambda: [line for line in log.read_text().splitlines() if f"pid:{child} exited with" in line])
     assert json.loads(line)["logger"] == "multiprocessing"

@@ -22,11 +22,9 @@ from sqlalchemy import (
     Table,
     Text,
     Uuid,
-    bindparam,
     delete,
     func,
     select,
-    text,
     tuple_,
     update,
 )
@@ -95,17 +93,15 @@ class Claim:
 
 # The start is not flushed to disk before the task runs. A worker that dies leaves it behind all the same; only when the
 # database dies in the same fraction of a second is a start forgotten, and the task may be tried once more.
-_CHECK_IN = text(
-    """
+_CHECK_IN = """
     with relaxed as (select set_config('synchronous_commit', 'off', true))
     insert into inbox (task_id, sequence, state, starts, started_at, worker)
-    select :task_id, :sequence - 1, 'waiting', 1, now(), :worker from relaxed
+    select %(task_id)s, %(sequence)s - 1, 'waiting', 1, now(), %(worker)s from relaxed
     on conflict (task_id) do update set
-        starts = inbox.starts + :more, started_at = now(), worker = :worker, updated_at = now()
-    where inbox.state = 'waiting' and inbox.sequence < :sequence
+        starts = inbox.starts + %(more)s, started_at = now(), worker = %(worker)s, updated_at = now()
+    where inbox.state = 'waiting' and inbox.sequence < %(sequence)s
     returning starts
-    """
-).bindparams(bindparam("task_id", type_=Uuid))
+"""
 
 
 def check_in(connection: Connection, task_id: UUID, sequence: int, worker: str, *, again: bool = False) -> int | None:
@@ -126,7 +122,7 @@ def check_in(connection: Connection, task_id: UUID, sequence: int, worker: str, 
         How often the task was started, this time included.
     """
     parameters = {"task_id": task_id, "sequence": sequence, "worker": worker, "more": 0 if again else 1}
-    starts: int | None = connection.execute(_CHECK_IN, parameters).scalar_one_or_none()
+    starts: int | None = connection.exec_driver_sql(_CHECK_IN, parameters).scalar_one_or_none()
     return starts
 
 
@@ -194,22 +190,20 @@ def take_back_starts(session: Session, starts: Collection[tuple[UUID, str]]) -> 
     )
 
 
-_CLAIM = text(
-    """
-    insert into inbox (task_id, sequence, state) values (:task_id, :sequence, :state)
+_CLAIM = """
+    insert into inbox (task_id, sequence, state) values (%(task_id)s, %(sequence)s, %(state)s)
     on conflict (task_id) do update set
-        sequence = :sequence, state = :state, started_at = null, updated_at = now()
-    where inbox.state = 'waiting' and inbox.sequence < :sequence
+        sequence = %(sequence)s, state = %(state)s, started_at = null, updated_at = now()
+    where inbox.state = 'waiting' and inbox.sequence < %(sequence)s
     returning exists (select from cancellations where cancellations.task_id = inbox.task_id)
-    """
-).bindparams(bindparam("task_id", type_=Uuid))
+"""
 
 
-def claim(session: Session, task_id: UUID, sequence: int, state: InboxState) -> Claim | None:
+def claim(connection: Connection, task_id: UUID, sequence: int, state: InboxState) -> Claim | None:
     """Write what becomes of an attempt; None if the task is finished or a later attempt is under way.
 
     Holds the task's row until the caller commits, so a second delivery of the same attempt waits here.
     """
     parameters = {"task_id": task_id, "sequence": sequence, "state": state.value}
-    row = session.connection().execute(_CLAIM, parameters).one_or_none()
+    row = connection.exec_driver_sql(_CLAIM, parameters).one_or_none()
     return None if row is None else Claim(row[0])

@@ -207,17 +207,25 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
         """A new session on this process's engine."""
         return TaskSession(self._engine_of_process())
 
+    def connect(self) -> Connection:
+        """A connection on this process's engine."""
+        return self._engine_of_process().connect()
+
     @contextmanager
     def autocommit(self) -> Iterator[Connection]:
         """A connection on this process's engine whose statements count at once."""
-        with self._engine_of_process().connect() as connection:
-            connection.execution_options(isolation_level="AUTOCOMMIT")
+        with self.connect() as connection:
+            # SQLAlchemy's isolation level says the same, at the price of a statement.
+            driver_connection = connection.connection.driver_connection
+            assert driver_connection is not None
+            driver_connection.autocommit = True
             try:
                 yield connection
             except BaseException:
                 if not connection.closed and not connection.invalidated:
                     units.abandon(connection)
                 raise
+            driver_connection.autocommit = False
 
     def dispose_connections(self) -> None:
         """Close pooled connections, so that the next attempt meets a database and not a dead socket."""

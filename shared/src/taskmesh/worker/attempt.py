@@ -139,7 +139,7 @@ class Attempt:
         raise Reject("database unavailable", requeue=True)
 
     def _settled(self, span: AttemptSpan) -> Any:
-        unit = Unit(Key(self.task_id, self.sequence), self.task.app.sessions)
+        unit = Unit(Key(self.task_id, self.sequence), self.task.app.connect)
         with units.running(unit), self._alone():
             try:
                 self._check_in(unit)
@@ -388,7 +388,7 @@ class Attempt:
         """
         with self.task.app.sessions() as session:
             if inbox.is_cancelled(session, self.task_id) and inbox.settle_retry_cancelled(session, self.task_id):
-                outbox.put(session, [self._report(TaskState.CANCELLED)])
+                outbox.put(session.connection(), [self._report(TaskState.CANCELLED)])
                 session.may_commit = True
                 session.commit()
                 logger.info("task cancelled")

@@ -176,7 +176,7 @@ class MeshTask(Task):  # type: ignore[misc]  # Celery has no types
         if session is None:
             self._unit().messages.append(outgoing)
         else:
-            outbox.put(session, [outgoing, lifecycle.message(started(outgoing, self.app.service))])
+            outbox.put(session.connection(), [outgoing, lifecycle.message(started(outgoing, self.app.service))])
         return message.id
 
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
@@ -221,7 +221,7 @@ class MeshTask(Task):  # type: ignore[misc]  # Celery has no types
         options = request.as_execution_options()
         # What waits for a time of its own begins a trace of its own.
         options["headers"].pop("traceparent", None)
-        unit = units.Unit(units.Key(self.task_id, 0), self.app.sessions)
+        unit = units.Unit(units.Key(self.task_id, 0), self.app.connect)
         with units.running(unit):
             self.app.send_task(
                 self.name,

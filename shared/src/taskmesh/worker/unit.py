@@ -12,9 +12,9 @@ from uuid import UUID
 import psycopg
 from opentelemetry.trace import Span
 from psycopg.pq import TransactionStatus
-from sqlalchemy import Connection, update
+from sqlalchemy import Connection, NestedTransaction, update
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import Session
 
 from taskmesh import inbox, outbox, telemetry
 from taskmesh.errors import TaskCancelled
@@ -70,14 +70,15 @@ class Unit:
     asked for can be written although its own transaction is broken.
     """
 
-    def __init__(self, key: Key, sessions: Callable[[], TaskSession]) -> None:
+    def __init__(self, key: Key, connect: Callable[[], Connection]) -> None:
         self.key = key
         self.messages: list[OutboxMessage] = []
         self.after_commit: list[Callable[[], None]] = []
         self.watch: CancelWatch | None = None
-        self._sessions = sessions
+        self._connect = connect
+        self._connection: Connection | None = None
+        self._savepoint: NestedTransaction | None = None
         self._session: TaskSession | None = None
-        self._savepoint: SessionTransaction | None = None
         self._span: Span | None = None
 
     @property
@@ -92,20 +93,22 @@ class Unit:
             AlreadySettled: The inbox knows the attempt.
             TaskCancelled: Somebody wants the task cancelled, and `unless_cancelled` is asked for.
         """
-        session = self._begin(InboxState.SUCCEEDED, unless_cancelled=unless_cancelled)
+        connection = self._begin(InboxState.SUCCEEDED, unless_cancelled=unless_cancelled)
         # What the task writes can then be undone without giving up the claim: no second delivery gets in between.
-        self._savepoint = session.begin_nested()
+        self._savepoint = connection.begin_nested()
+        # All that the session may end is the savepoint: what it rolls back is the task's own work.
+        session = self._session = TaskSession(connection, join_transaction_mode="rollback_only")
         return session
 
-    def _begin(self, state: InboxState, *, unless_cancelled: bool = False) -> TaskSession:
-        session = self._session = self._sessions()
+    def _begin(self, state: InboxState, *, unless_cancelled: bool = False) -> Connection:
+        connection = self._connection = self._connect()
         self._span = telemetry.tracer().start_span("effect transaction")
-        claim = inbox.claim(session, self.key.task_id, self.key.sequence, state)
+        claim = inbox.claim(connection, self.key.task_id, self.key.sequence, state)
         if claim is None:
             raise AlreadySettled
         if unless_cancelled and claim.is_cancelled:
             raise TaskCancelled(NOT_BEGUN)
-        return session
+        return connection
 
     def settle(self, state: InboxState, messages: list[OutboxMessage], *, replaced: bool = False) -> None:
         """Commit the effect, the attempt's place in the inbox, and the messages.
@@ -119,11 +122,11 @@ class Unit:
             AlreadySettled: The inbox knows the attempt.
         """
         session = self.session
-        if self._savepoint is not None and self._savepoint.is_active:
-            self._savepoint.commit()
+        session.flush()
+        connection = session.connection()
         if state is not InboxState.SUCCEEDED:
-            self._record(session, state, **({"starts": 0} if replaced else {}))
-        self._commit(session, messages)
+            self._record(connection, state, **({"starts": 0} if replaced else {}))
+        self._commit(connection, messages)
         for act in self.after_commit:
             try:
                 act()
@@ -143,14 +146,14 @@ class Unit:
             AlreadySettled: The inbox knows the attempt; possible only when its transaction was lost.
         """
         self._undo()
-        session = self._session or self._begin(state)
-        self._record(session, state, **({"parked": True} if parked else {}))
-        self._commit(session, messages)
+        connection = self._connection or self._begin(state)
+        self._record(connection, state, **({"parked": True} if parked else {}))
+        self._commit(connection, messages)
 
-    def _commit(self, session: TaskSession, messages: list[OutboxMessage]) -> None:
-        outbox.put(session, messages)
-        session.may_commit = True
-        session.commit()
+    def _commit(self, connection: Connection, messages: list[OutboxMessage]) -> None:
+        outbox.put(connection, messages)
+        # With the savepoint in it, which needs no statement of its own to be kept.
+        connection.commit()
         self._end_span("committed", len(messages))
 
     def _end_span(self, outcome: str, messages: int) -> None:
@@ -160,37 +163,52 @@ class Unit:
             span.set_attribute("taskmesh.transaction.messages", messages)
             span.end()
 
-    def _record(self, session: TaskSession, state: InboxState, **values: int) -> None:
+    def _record(self, connection: Connection, state: InboxState, **values: int) -> None:
         mine = inbox.inbox.c.task_id == self.key.task_id
-        session.execute(update(inbox.inbox).where(mine).values(state=state.value, **values))
+        connection.execute(update(inbox.inbox).where(mine).values(state=state.value, **values))
 
     def _undo(self) -> None:
         """Back to the claim if the transaction is sound; else drop it, and the claim with it."""
-        session = self._session
-        if session is None:
-            return
-        if self._savepoint is not None and _status(session) in SOUND:
+        if self._session is not None and self._savepoint is not None and self._is_sound():
+            # A flush that failed has been undone, and nothing can have been written since.
+            is_undone = not self._session.is_active
             try:
-                self._savepoint.rollback()
+                self._session.close()
+                if self._savepoint.is_active:
+                    self._savepoint.rollback()
+                    is_undone = True
             except SQLAlchemyError:
-                pass
-            else:
+                is_undone = False
+            self._session = None
+            if is_undone:
                 return
         self.drop()
 
+    def _is_sound(self) -> bool:
+        return self._connection is not None and _status(self._connection) in SOUND
+
     def drop(self) -> None:
         """Give up the transaction, whatever state it is in."""
-        session, self._session, self._savepoint = self._session, None, None
+        connection, session = self._connection, self._session
+        self._connection = self._session = self._savepoint = None
         self._end_span("rolled back", 0)
         if session is not None:
-            give_up(session)
+            session.expunge_all()
+        if connection is not None:
+            if _status(connection) is TransactionStatus.ACTIVE:
+                abandon(connection)
+            connection.close()
 
 
 def give_up(session: Session) -> None:
     """Roll back and close, even in the middle of a query."""
-    if _status(session) is TransactionStatus.ACTIVE:
-        # The connection first: closing the session alone would still send a ROLLBACK TO SAVEPOINT.
-        abandon(session.connection())
+    connection = None
+    # One whose flush has failed has no connection for anybody, and runs no query.
+    with suppress(SQLAlchemyError):
+        connection = session.connection() if session.in_transaction() else None
+    if connection is not None and _status(connection) is TransactionStatus.ACTIVE:
+        # The connection first: closing the session alone would still send a ROLLBACK.
+        abandon(connection)
     session.close()
 
 
@@ -207,15 +225,13 @@ def abandon(connection: Connection) -> None:
     connection.invalidate()
 
 
-def _status(session: Session) -> TransactionStatus | None:
-    """What the session's connection is in the middle of; None when it has none, or has lost it."""
-    if not session.in_transaction():
-        return None
+def _status(connection: Connection) -> TransactionStatus | None:
+    """What the connection is in the middle of; None when it is lost."""
     try:
-        connection = session.connection().connection.driver_connection
+        driver_connection = connection.connection.driver_connection
     except SQLAlchemyError:
         return None
-    return None if connection is None else TransactionStatus(connection.info.transaction_status)
+    return None if driver_connection is None else TransactionStatus(driver_connection.info.transaction_status)
 
 
 _current: ContextVar[Unit | None] = ContextVar("taskmesh_unit", default=None)

@@ -45,7 +45,6 @@ def acknowledge_before_commit() -> None:
 def skip_the_inbox() -> None:
     """Let every delivery run, whatever the inbox says of its task."""
     from sqlalchemy import Connection
-    from sqlalchemy.orm import Session
 
     from taskmesh import inbox
     from taskmesh.inbox import Claim, InboxState
@@ -57,8 +56,8 @@ def skip_the_inbox() -> None:
     ) -> int:
         return check_in(connection, task_id, sequence, worker, again=again) or 1
 
-    def claim_anyway(session: Session, task_id: UUID, sequence: int, state: InboxState) -> Claim:
-        return claim(session, task_id, sequence, state) or Claim(is_cancelled=False)
+    def claim_anyway(connection: Connection, task_id: UUID, sequence: int, state: InboxState) -> Claim:
+        return claim(connection, task_id, sequence, state) or Claim(is_cancelled=False)
 
     inbox.check_in, inbox.claim = check_in_anyway, claim_anyway
 
