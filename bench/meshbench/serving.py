@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import uvicorn
 
 from gateway.api import http_config
 from gateway.settings import ApiSettings
+from taskmesh import garbage
 from taskmesh.settings import load
 
 READY = "serving.ready"
@@ -22,8 +22,7 @@ def main() -> None:
     settings = load(ApiSettings)
     config = http_config(app, settings)
     listener = config.bind_socket()
-    gc.collect()
-    gc.freeze()
+    garbage.spare_the_program()
     host, port = listener.getsockname()[:2]
     print(f"serving http://{host}:{port}", flush=True)
     (settings.health_dir or Path()).joinpath(READY).touch()

@@ -124,4 +124,6 @@ def extract(carrier: Mapping[str, object]) -> Context:
     """The context that a message's or request's headers carry; an empty one when they carry none."""
     names = ("traceparent", "tracestate")
     plain = {name: value for name in names if isinstance(value := carrier.get(name), str)}
+    if not plain:
+        return Context()
     return TRACE_CONTEXT.extract(plain, context=Context())

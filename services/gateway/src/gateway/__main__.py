@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import gc
 import logging
 import signal
 import sys
@@ -24,7 +23,7 @@ from gateway.settings import (
     ReconcilerSettings,
     SchedulerSettings,
 )
-from taskmesh import logs, telemetry
+from taskmesh import garbage, logs, telemetry
 from taskmesh.checking import check, patiently
 from taskmesh.health import Health
 from taskmesh.settings import CheckSettings, ServiceSettings, load
@@ -132,10 +131,7 @@ def serve(settings: ApiSettings) -> None:
     # Bound here and not by uvicorn, so that the readiness file appears when connections are taken.
     listener = config.bind_socket()
     host, port = listener.getsockname()[:2]
-    # Spans live until they are exported, which has Python look through all objects again and again: those of the
-    # program itself, several hundred thousand, need not be among them.
-    gc.collect()
-    gc.freeze()
+    garbage.spare_the_program()
     logger.info("serving", extra={"url": f"http://{host}:{port}"})
     try:
         Server(config).run(sockets=[listener])
@@ -169,6 +165,7 @@ async def project(settings: ProjectorSettings, stop: asyncio.Event) -> None:
         )
     )
     keeping = asyncio.create_task(projector.keep_run_times(stop))
+    garbage.spare_the_program()
     try:
         await consumer.run(stop)
     finally:
@@ -192,6 +189,7 @@ async def relay(settings: GatewayRelaySettings, stop: asyncio.Event) -> None:
     from taskmesh.relay import Relay
 
     engine = open_engine(settings.database_url, pool_size=2, wait_seconds=5, role="relay")
+    garbage.spare_the_program()
     try:
         await Relay(
             engine,

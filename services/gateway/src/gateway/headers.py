@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
@@ -19,11 +18,14 @@ class SafeHeaders:
 
         async def completed(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers.setdefault("X-Content-Type-Options", "nosniff")
+                headers = [*message.get("headers", ())]
+                told = {name for name, _ in headers}
+                if b"x-content-type-options" not in told:
+                    headers.append((b"x-content-type-options", b"nosniff"))
                 # Static files have an ETag; all else is of this moment, and most of it for one caller.
-                if "etag" not in headers:
-                    headers.setdefault("Cache-Control", "no-store")
+                if b"etag" not in told and b"cache-control" not in told:
+                    headers.append((b"cache-control", b"no-store"))
+                message["headers"] = headers
             await send(message)
 
         await self._app(scope, receive, completed)

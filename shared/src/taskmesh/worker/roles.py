@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import logging
 import os
 import signal
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taskmesh import logs, telemetry
+from taskmesh import garbage, logs, telemetry
 from taskmesh.checking import check, patiently
 from taskmesh.database import async_engine, migrate
 from taskmesh.health import Health
@@ -107,9 +106,6 @@ def work(app: WorkerApp, settings: WorkerSettings) -> int:
             # Celery would log it and let the process take tasks half-equipped.
             logger.exception("process could not be started")
             raise SystemExit(1) from error
-        # Spans live until they are exported, which has Python look through all objects again and again: those of the
-        # program itself, several hundred thousand, need not be among them.
-        gc.freeze()
 
     def stop(**_: Any) -> None:
         telemetry.stop()
@@ -140,6 +136,8 @@ def work(app: WorkerApp, settings: WorkerSettings) -> int:
     shutdown.install()
     if not prefork:
         Watchdog(app, shutdown, seconds=settings.soft_shutdown_seconds).start()
+    # Pool children inherit it.
+    garbage.spare_the_program()
     try:
         worker.start()
     finally:
@@ -161,6 +159,7 @@ async def relay(app: WorkerApp, settings: RelaySettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     engine = async_engine(settings.database_url, pool_size=2)
+    garbage.spare_the_program()
     try:
         await Relay(
             engine,
