@@ -53,9 +53,26 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
         DatabaseUnavailable: The database is away, has no free connection, or does not answer. When COMMIT was under
             way the outcome is unknown; only a repetition under the same idempotency key is safe.
     """
+    async with _within_bounds(), engine.begin() as connection:
+        yield connection
+
+
+@asynccontextmanager
+async def reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """A connection for a statement that only reads: it needs no BEGIN and no COMMIT, each of which is a round trip.
+
+    Raises:
+        DatabaseUnavailable: As of `transaction`.
+    """
+    async with _within_bounds(), engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        yield connection
+
+
+@asynccontextmanager
+async def _within_bounds() -> AsyncIterator[None]:
     try:
-        async with asyncio.timeout(TRANSACTION_SECONDS), engine.begin() as connection:
-            yield connection
+        async with asyncio.timeout(TRANSACTION_SECONDS):
+            yield
     except TimeoutError as error:
         raise DatabaseUnavailable("the database did not answer in time", retry_after=RETRY_AFTER) from error
     except SQLAlchemyError as error:

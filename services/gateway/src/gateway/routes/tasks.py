@@ -31,7 +31,7 @@ from gateway.schemas import (
     decode_cursor,
     encode_cursor,
 )
-from gateway.transactions import transaction
+from gateway.transactions import reading
 from taskmesh import logs
 from taskmesh.contracts.lifecycle import TaskState
 from taskmesh.errors import DatabaseUnavailable
@@ -119,8 +119,8 @@ async def submit_batch(
     return Response(accepted.body, 202, headers=accepted.headers, media_type="application/json")
 
 
-@router.get("", responses=declare("invalid_request"))
-async def list_tasks(query: Annotated[TaskQuery, Query()], _: TaskReader, gateway: GatewayParts) -> TaskPage:
+@router.get("", response_model=TaskPage, responses=declare("invalid_request"))
+async def list_tasks(query: Annotated[TaskQuery, Query()], _: TaskReader, gateway: GatewayParts) -> Response:
     """List tasks, newest first. `next_cursor` leads to the next page, with the same filters."""
     after = None
     if query.cursor is not None:
@@ -130,18 +130,19 @@ async def list_tasks(query: Annotated[TaskQuery, Query()], _: TaskReader, gatewa
             fault = FieldError(pointer="/query:cursor", detail="is not a cursor of this gateway")
             raise Problem("invalid_request", "the cursor cannot be read", errors=[fault]) from error
     wanted = Filter(**query.model_dump(exclude={"limit", "cursor"}))
-    async with transaction(gateway.engine) as connection:
+    async with reading(gateway.engine) as connection:
         # One more than asked for tells whether there is a next page.
         rows = await ledger.list_tasks(connection, wanted, after=after, limit=query.limit + 1)
     shown = rows[: query.limit]
     cursor = encode_cursor(shown[-1]) if len(rows) > query.limit else None
-    return TaskPage(items=[TaskView.of(row) for row in shown], next_cursor=cursor)
+    page = TaskPage(items=[TaskView.of(row) for row in shown], next_cursor=cursor)
+    return Response(page.model_dump_json(), media_type="application/json")
 
 
 @router.get("/{task_id}", response_model=TaskView, responses=declare("not_found", "invalid_request"))
 async def get_task(task_id: TaskId, _: TaskReader, gateway: GatewayParts, prefer: Prefer = None) -> Response:
     """Show a task; with `Prefer: wait=N` once it is finished, or as it is after N seconds."""
-    async with transaction(gateway.engine) as connection:
+    async with reading(gateway.engine) as connection:
         row = await ledger.get_task(connection, task_id)
     headers = {}
     seconds = wait_seconds(prefer)
@@ -174,7 +175,7 @@ async def follow_task(
     tree: Annotated[bool, Query(description="Follow everything that followed from the task's root.")] = False,  # noqa: FBT002 - a query parameter
 ) -> Response:
     """Stream what happens to a task until it is finished, from the beginning or from after `Last-Event-ID`."""
-    async with transaction(gateway.engine) as connection:
+    async with reading(gateway.engine) as connection:
         row = await ledger.get_task(connection, task_id)
     follower = waiting.Follower(
         engine=gateway.engine,
