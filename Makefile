@@ -13,6 +13,8 @@ INSTALLED := .venv/.installed
 JOBS ?= 3
 # `make test RABBITMQ=4`, `make up RABBITMQ=4`: see docs/rabbitmq.md.
 export TASKMESH_RABBITMQ := $(or $(RABBITMQ),$(TASKMESH_RABBITMQ))
+# Many an image sets it: each process of a mesh would compile our own code again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install up down status logs demo traces test faults faults-long faults-planted faults-alerts bench bench-quick bench-telemetry costs scaling dashboards k8s-tools k8s-check k8s-render images check fmt
 
