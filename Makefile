@@ -10,7 +10,7 @@ FAULTS = $(LOCAL) faults --seed $(SEED) --report .taskmesh-faults/seed-$(SEED).j
 # Made by deploy/local/bootstrap once the workspace is installed; older than the lock means: install again.
 INSTALLED := .venv/.installed
 # Processes that run tests; many of these wait, so there may be more than cores.
-JOBS ?= 3
+JOBS ?= 4
 # `make test RABBITMQ=4`, `make up RABBITMQ=4`: see docs/rabbitmq.md.
 export TASKMESH_RABBITMQ := $(or $(RABBITMQ),$(TASKMESH_RABBITMQ))
 # Many an image sets it: each process of a mesh would compile our own code again.
