@@ -10,9 +10,11 @@ FAULTS = $(LOCAL) faults --seed $(SEED) --report .taskmesh-faults/seed-$(SEED).j
 # Made by deploy/local/bootstrap once the workspace is installed; older than the lock means: install again.
 INSTALLED := .venv/.installed
 # Processes that run tests; many of these wait, so there may be more than cores.
-JOBS ?= 3
+JOBS ?= 4
 # `make test RABBITMQ=4`, `make up RABBITMQ=4`: see docs/rabbitmq.md.
 export TASKMESH_RABBITMQ := $(or $(RABBITMQ),$(TASKMESH_RABBITMQ))
+# Many an image sets it: each process of a mesh would compile our own code again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install up down status logs demo traces test faults faults-long faults-planted faults-alerts bench bench-quick bench-telemetry costs scaling dashboards k8s-tools k8s-check k8s-render images check fmt
 

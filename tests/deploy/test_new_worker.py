@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,18 +36,20 @@ def run(manifests: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
-@pytest.fixture
-def with_a_worker(manifests: Path) -> Callable[[str], Documents]:
-    """Renders a copy of an overlay to which a worker service was added."""
+@pytest.fixture(scope="module")
+def with_a_worker(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Documents]:
+    """Renders a copy of an overlay to which a worker service was added, once for all tests; each gets its own copy."""
 
+    @cache
     def add(overlay: str) -> Documents:
+        manifests = Path(shutil.copytree(K8S, tmp_path_factory.mktemp(overlay) / "deploy" / "k8s"))
         shutil.copytree(manifests / "overlays" / overlay, manifests / "overlays" / "acme")
         assert run(manifests, "acme", "greetings").returncode == 0
         answer = kustomize(manifests / "overlays" / "acme")
         assert answer.stderr == ""
         return [each for each in yaml.load_all(answer.stdout, yaml.CSafeLoader) if each]
 
-    return add
+    return lambda overlay: copy.deepcopy(add(overlay))
 
 
 @pytest.mark.parametrize("overlay", ["staging", "production"])

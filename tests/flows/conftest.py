@@ -98,7 +98,7 @@ class Mesh:
         eventually(lambda: not process.is_running())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     """The mesh, up; a test that takes something down brings it up again."""
     mesh = Mesh(Folders(tmp_path_factory.mktemp("mesh") / "mesh"))

@@ -158,6 +158,65 @@ def test_a_text_with_a_last_newline_fits_a_pattern_only_if_the_worker_takes_it(p
     assert (validator.errors({"text": text}) == []) is fits
 
 
+@pytest.mark.parametrize(
+    ("iri", "is_iri", "is_reference"),
+    [
+        ("https://münchen.example/straße?q=ü#é", True, True),
+        ("https://example.com/\U0001f600", True, True),
+        ("https://[::1]:80/a", True, True),
+        ("urn:größe:1", True, True),
+        ("/straße?q=\ue000", False, True),
+        ("", False, True),
+        ("https://example.com/\ue000", False, False),  # for private use: in a query only
+        ("https://example.com/\ufdd0", False, False),  # no character
+        ("https://example.com/\x85", False, False),
+        ("https://example.com/a b", False, False),
+        ("https://example.com/%zz", False, False),
+        ("https://example.com/#a#b", False, False),
+        ("https://example.com/\n", False, False),
+        ("1st:a", False, False),
+    ],
+)
+def test_an_iri_is_a_uri_with_the_characters_of_other_languages(iri, is_iri, is_reference):
+    schema = {"properties": {"iri": {"format": "iri"}, "reference": {"format": "iri-reference"}}}
+
+    faults = {error.pointer for error in PayloadValidator(schema).errors({"iri": iri, "reference": iri})}
+
+    expected = {"/payload/iri": is_iri, "/payload/reference": is_reference}
+    assert faults == {pointer for pointer, is_one in expected.items() if not is_one}
+
+
+FORMATS = {
+    "date": "2026-02-30",
+    "date-time": "2026-02-30T00:00:00Z",
+    "duration": "1 day",
+    "email": "nobody",
+    "hostname": "a_b.example",
+    "idn-email": "nobody",
+    "idn-hostname": "\u302e",
+    "ipv4": "1.2.3.256",
+    "ipv6": "1::2::3",
+    "iri": "a b",
+    "iri-reference": "a b",
+    "json-pointer": "a",
+    "regex": "(",
+    "relative-json-pointer": "/a",
+    "time": "25:00:00Z",
+    "uri": "a b",
+    "uri-reference": "a b",
+    "uri-template": "{a",
+    "uuid": "4711",
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_of_json_schema_is_checked(name):
+    """Each takes a package of its own, and without it jsonschema would pass whatever comes."""
+    validator = PayloadValidator({"properties": {"text": {"type": "string", "format": name}}})
+
+    assert [error.detail for error in validator.errors({"text": FORMATS[name]})] == [f"must be a valid {name}"]
+
+
 def test_an_invoice_is_held_against_the_schema_that_billing_announces():
     """The faults of the demo's three bad invoices are named by their fields."""
     validator = PayloadValidator(IssueInvoice.model_json_schema())

@@ -137,7 +137,7 @@ class Fragile(Orders):
         return self.notes(task_id) == ["done"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_orders(postgres: str, rabbitmq: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fragile]:
     """One service for all modules, because it takes seconds to start."""
     folder = tmp_path_factory.mktemp("orders")
@@ -145,7 +145,7 @@ def shared_orders(postgres: str, rabbitmq: Any, tmp_path_factory: pytest.TempPat
         yield service
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_ledger(postgres: str, shared_orders: Fragile, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """One ledger for it."""
     folder = tmp_path_factory.mktemp("gateway")

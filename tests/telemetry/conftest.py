@@ -71,14 +71,14 @@ class Traced:
         return self.spans(trace_id)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def exported() -> Iterator[OtlpSink]:
     """The collector."""
     with OtlpSink() as sink:
         yield sink
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def traced(
     postgres: str, rabbitmq: Any, exported: OtlpSink, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Traced]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy.exc
-from alembic.config import Config
-from alembic.runtime.environment import EnvironmentContext
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from psycopg import errors as postgres_errors
 from pydantic import SecretStr
 from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
+
+# Alembic is imported where it migrates, or looks whether somebody has: the roles that work do without its tenth of a
+# second and its 8 MiB.
+if TYPE_CHECKING:
+    from alembic.runtime.migration import MigrationContext
+    from alembic.script import ScriptDirectory
 
 LIBRARY_SCRIPTS = Path(__file__).parent / "migrations"
 LIBRARY_VERSION_TABLE = "taskmesh_version"
@@ -148,6 +150,8 @@ def is_migrated(url: SecretStr | str, *, scripts: Path | None) -> bool:
 
 
 def _is_upgraded(connection: Connection, scripts: Path, version_table: str) -> bool:
+    from alembic.runtime.migration import MigrationContext
+
     directory = _directory(scripts)
     context = MigrationContext.configure(connection, opts={"version_table": version_table})
     current = context.get_current_revision()
@@ -159,6 +163,9 @@ def _is_upgraded(connection: Connection, scripts: Path, version_table: str) -> b
 
 
 def _directory(scripts: Path) -> ScriptDirectory:
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
     config = Config()
     config.set_main_option("script_location", str(scripts))
     config.set_main_option("path_separator", "os")
@@ -166,6 +173,9 @@ def _directory(scripts: Path) -> ScriptDirectory:
 
 
 def _upgrade(connection: Connection, scripts: Path, version_table: str) -> None:
+    from alembic.config import Config
+    from alembic.runtime.environment import EnvironmentContext
+
     # A release that was rolled back finds the schema of the one after it, which suits it as it is.
     is_there = _is_upgraded(connection, scripts, version_table)
     connection.commit()
