@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from gateway import idempotency, ledger
 from gateway.idempotency import Key
 from gateway.new_tasks import NewTask
-from gateway.transactions import RETRY_AFTER, transaction
+from gateway.transactions import RETRY_AFTER, single_statement, transaction
 from taskmesh.errors import DatabaseUnavailable
 
 logger = logging.getLogger(__name__)
@@ -162,9 +162,7 @@ class Submissions:
             await self._commit_alone(together[0])
             return
         try:
-            async with transaction(self._engine) as connection:
-                accepted, known = await _claim(connection, together)
-                await ledger.submit(connection, [task for each in accepted for task in each.new])
+            accepted, known = await self._write(together)
         except Exception as error:  # noqa: BLE001 - each is told
             if isinstance(error, DatabaseUnavailable) and not _is_answer(error):
                 _fail_all(together, error)
@@ -182,11 +180,13 @@ class Submissions:
     async def _commit_alone(self, submission: _Submission) -> None:
         key, first = submission.key, None
         try:
-            async with transaction(self._engine) as connection:
-                if key is not None:
+            if key is None:
+                await self._write([submission])
+            else:
+                async with transaction(self._engine) as connection:
                     first = await idempotency.claim(connection, key)
-                if first is None:
-                    await ledger.submit(connection, submission.new)
+                    if first is None:
+                        await ledger.submit(connection, submission.new)
         except asyncio.CancelledError:
             submission.fail(DatabaseUnavailable("the gateway stops", retry_after=RETRY_AFTER))
             raise
@@ -194,6 +194,18 @@ class Submissions:
             submission.fail(error)
         else:
             submission.settle(first)
+
+    async def _write(self, together: Sequence[_Submission]) -> tuple[list[_Submission], list[_Submission]]:
+        """Commit them; returns those that are accepted, and those whose key was taken before."""
+        if not any(each.key for each in together):
+            # Without keys there is one statement to execute.
+            async with single_statement(self._engine) as connection:
+                await ledger.submit(connection, [task for each in together for task in each.new])
+            return list(together), []
+        async with transaction(self._engine) as connection:
+            accepted, known = await _claim(connection, together)
+            await ledger.submit(connection, [task for each in accepted for task in each.new])
+        return accepted, known
 
 
 async def _claim(

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from functools import lru_cache
 
 from pydantic import SecretStr
 from sqlalchemy.exc import SQLAlchemyError
@@ -58,14 +59,20 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 
 
 @asynccontextmanager
-async def reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    """A connection for a statement that only reads: it needs no BEGIN and no COMMIT, each of which is a round trip.
+async def single_statement(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """A connection for one statement, which is a transaction by itself: BEGIN and COMMIT would be two more round trips.
 
     Raises:
         DatabaseUnavailable: As of `transaction`.
     """
-    async with _within_bounds(), engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+    async with _within_bounds(), _autocommit(engine).connect() as connection:
         yield connection
+
+
+@lru_cache(maxsize=4)
+def _autocommit(engine: AsyncEngine) -> AsyncEngine:
+    """The same engine, with the same connections."""
+    return engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
 @asynccontextmanager

@@ -31,7 +31,7 @@ from gateway.schemas import (
     decode_cursor,
     encode_cursor,
 )
-from gateway.transactions import reading
+from gateway.transactions import single_statement
 from taskmesh import logs
 from taskmesh.contracts.lifecycle import TaskState
 from taskmesh.errors import DatabaseUnavailable
@@ -130,7 +130,7 @@ async def list_tasks(query: Annotated[TaskQuery, Query()], _: TaskReader, gatewa
             fault = FieldError(pointer="/query:cursor", detail="is not a cursor of this gateway")
             raise Problem("invalid_request", "the cursor cannot be read", errors=[fault]) from error
     wanted = Filter(**query.model_dump(exclude={"limit", "cursor"}))
-    async with reading(gateway.engine) as connection:
+    async with single_statement(gateway.engine) as connection:
         # One more than asked for tells whether there is a next page.
         rows = await ledger.list_tasks(connection, wanted, after=after, limit=query.limit + 1)
     shown = rows[: query.limit]
@@ -142,7 +142,7 @@ async def list_tasks(query: Annotated[TaskQuery, Query()], _: TaskReader, gatewa
 @router.get("/{task_id}", response_model=TaskView, responses=declare("not_found", "invalid_request"))
 async def get_task(task_id: TaskId, _: TaskReader, gateway: GatewayParts, prefer: Prefer = None) -> Response:
     """Show a task; with `Prefer: wait=N` once it is finished, or as it is after N seconds."""
-    async with reading(gateway.engine) as connection:
+    async with single_statement(gateway.engine) as connection:
         row = await ledger.get_task(connection, task_id)
     headers = {}
     seconds = wait_seconds(prefer)
@@ -175,7 +175,7 @@ async def follow_task(
     tree: Annotated[bool, Query(description="Follow everything that followed from the task's root.")] = False,  # noqa: FBT002 - a query parameter
 ) -> Response:
     """Stream what happens to a task until it is finished, from the beginning or from after `Last-Event-ID`."""
-    async with reading(gateway.engine) as connection:
+    async with single_statement(gateway.engine) as connection:
         row = await ledger.get_task(connection, task_id)
     follower = waiting.Follower(
         engine=gateway.engine,
