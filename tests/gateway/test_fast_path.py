@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
+from starlette.types import Message
 
+from gateway import tracing
 from gateway.fast_path import FastPath
+from gateway.new_tasks import NewTask
+from gateway.schemas import TaskBatch, TaskView
 from gateway.scopes import Scope
 
 PLAIN = {"type": "greeter.person.greet", "payload": {"name": "Ada"}}
@@ -29,6 +35,14 @@ def with_header(name: str, *values: str) -> Change:
         return [each for each in headers if each[0] != name] + [(name, value) for value in values], body
 
     return change
+
+
+def padded(headers: Headers, form: str) -> Headers:
+    """With the key in another form."""
+    return [
+        (name, form.format(value.removeprefix("Bearer ")) if name == "Authorization" else value)
+        for name, value in headers
+    ]
 
 
 REQUESTS = {
@@ -51,6 +65,7 @@ REQUESTS = {
     "a payload too large": with_body(PLAIN | {"payload": {"name": "x" * 200_000}}),
     "no key": with_header("Authorization"),
     "a wrong key": with_header("Authorization", "Bearer tm_0_0"),
+    "a key after two blanks": lambda headers, body: (padded(headers, "Bearer  {}"), body),
     "a scheme in small letters": with_header("Authorization", "bearer nonsense"),
     "another scheme": with_header("Authorization", "Basic eDp5"),
     "a charset": with_header("Content-Type", "application/json; charset=utf-8"),
@@ -138,3 +153,78 @@ async def test_a_plain_submission_does_not_reach_the_route(api, monkeypatch):
     assert handed_on == []
     assert (await send(api, REQUESTS["plain"], HANDED_ON)).status_code == 202
     assert handed_on == ["/v1/tasks"]
+
+
+@pytest.mark.parametrize("more", [[], [HANDED_ON]], ids=["fast", "routed"])
+async def test_a_request_that_fails_in_an_unforeseen_way_has_the_name_of_its_route(api, monkeypatch, more):
+    """In the metric, the span and the span's name: it is the busiest route of all."""
+    ended = []
+    monkeypatch.setattr(tracing, "_end", lambda _, scope, status, *__: ended.append((scope["route"].path, status)))
+
+    async def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(api.app.state.gateway.submissions, "submit", fail)
+
+    assert (await send(api, REQUESTS["plain"], *more)).status_code == 500
+    assert ended == [("/v1/tasks", 500)]
+
+
+async def test_a_body_that_grows_too_large_is_refused_as_by_the_route(api):
+    """Its first piece may be more than the limit, without a length that tells so."""
+    pieces = [{"type": "http.request", "body": b"x" * 200_000, "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive() -> Message:
+        return pieces.pop(0)
+
+    sent: list[Message] = []
+
+    async def keep(message: Message) -> None:
+        sent.append(message)
+
+    headers = [(b"authorization", f"Bearer {api.key}".encode()), (b"content-type", b"application/json")]
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1/tasks",
+        "raw_path": b"/v1/tasks",
+        "query_string": b"",
+        "root_path": "",
+        "headers": [*headers, (b"transfer-encoding", b"chunked")],
+    }
+
+    await api.app(scope, receive, keep)
+
+    assert sent[0]["status"] == 413
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"due_at": datetime(2999, 1, 1, 1, 2, 3, 456000, tzinfo=UTC), "tags": ["ä"], "priority": 0},
+        {
+            "expires_at": datetime(2999, 1, 1, tzinfo=UTC),
+            "api_key_id": uuid4(),
+            "root_id": uuid4(),
+            "parent_id": uuid4(),
+        },
+    ],
+)
+def test_a_new_task_is_shown_as_it_will_be_read(fields):
+    """Byte for byte what its view says, though nothing reads it again before it is written."""
+    payload = {
+        "text": 'é"\u2028\x7f',
+        "numbers": [1e16, -0.0, 2**70, 0.1],
+        "nothing": None,
+        "yes": True,
+        "deep": {"": []},
+    }
+    row = NewTask(type="greeter.person.greet", service="greeter", payload=payload, **fields).row()
+
+    assert TaskView.json_of(row) == TaskView.of(row).model_dump_json().encode()
+    batch = TaskBatch(items=[TaskView.of(row), TaskView.of(row)])
+    assert TaskBatch.json_of([row, row]) == batch.model_dump_json().encode()

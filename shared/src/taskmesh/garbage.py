@@ -12,7 +12,7 @@ YOUNG: Final = 20_000
 def spare_the_program() -> None:
     """Never look through what exists now again, several hundred thousand objects, and through new ones less often.
 
-    Called once a process is set up and before it works; before it forks, if it does. A tenth of the gateway's processor
+    Called once a process that works much is set up, and before it forks, if it does. A tenth of the gateway's processor
     time is the collector's without it, and more while spans wait for their export.
     """
     gc.collect()

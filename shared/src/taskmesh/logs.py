@@ -79,7 +79,10 @@ def trace_id_of(traceparent: str | None) -> str | None:
 
 
 def configure(log_format: Literal["json", "console"], level: str, service: str, role: str) -> None:
-    """Send this process's logs to standard output in the given format, in place of any handler set before."""
+    """Send this process's logs to standard output in the given format, in place of any handler set before.
+
+    Records tell no file, thread or process any more, to anybody's handlers.
+    """
     handler = logging.StreamHandler(sys.stdout)
     formatter: logging.Formatter = JsonFormatter(service, role) if log_format == "json" else ConsoleFormatter(role)
     handler.setFormatter(formatter)

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import problems
@@ -50,21 +51,20 @@ class FastPath:
         if headers is None:
             await self._app(scope, receive, send)
             return
-        first = await receive()
-        accepted = None
+        # Whatever comes of it; a route that it is handed on to sets its own.
+        scope["route"] = self._route
+        accepted, first = None, await _first(receive)
         try:
             if (content := _json(first)) is not None:
                 client = await self._gateway.authenticator.authorize(headers.token, KeyScope.TASKS_WRITE)
                 if (submission := _submission(content)) is not None:
                     accepted = await accept_task(self._gateway, client, submission, key=headers.idempotency_key)
         except (Problem, TaskmeshError) as error:
-            scope["route"] = self._route
             await problems.answer(error, scope["path"])(scope, receive, send)
             return
         if accepted is None:
             await self._app(scope, _again(first, receive), send)
             return
-        scope["route"] = self._route
         await send({"type": "http.response.start", "status": 202, "headers": _headers(accepted)})
         await send({"type": "http.response.body", "body": accepted.body})
 
@@ -88,15 +88,23 @@ def _plain(headers: Iterable[tuple[bytes, bytes]]) -> _Headers | None:
         return None
     if key is not None and not 0 < len(key) <= MAX_LENGTH:
         return None
-    return _Headers(token.decode("latin-1"), None if key is None else key.decode("latin-1"))
+    return _Headers(token.decode("latin-1").strip(), None if key is None else key.decode("latin-1"))
 
 
-def _json(message: Message) -> Any:
-    """The body that is in the message; None if it is not all of it, or is not JSON."""
-    if message["type"] != "http.request" or message.get("more_body", False):
+async def _first(receive: Receive) -> Message | HTTPException:
+    """The first piece of the body, or why there is none: it is too large."""
+    try:
+        return await receive()
+    except HTTPException as refusal:
+        return refusal
+
+
+def _json(first: Message | HTTPException) -> Any:
+    """The body that is in the first piece; None if it is not all of it, or is not JSON."""
+    if isinstance(first, HTTPException) or first["type"] != "http.request" or first.get("more_body", False):
         return None
     try:
-        return read_json(message.get("body", b""))
+        return read_json(first.get("body", b""))
     except ValueError:
         return None
 
@@ -108,12 +116,17 @@ def _submission(content: Any) -> TaskSubmission | None:
         return None
 
 
-def _again(message: Message, receive: Receive) -> Receive:
-    """A `receive` that begins with a message that was received already."""
-    waiting = [message]
+def _again(first: Message | HTTPException, receive: Receive) -> Receive:
+    """A `receive` that begins with what was received already."""
+    waiting = [first]
 
     async def again() -> Message:
-        return waiting.pop() if waiting else await receive()
+        if not waiting:
+            return await receive()
+        message = waiting.pop()
+        if isinstance(message, HTTPException):
+            raise message
+        return message
 
     return again
 

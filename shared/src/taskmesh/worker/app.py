@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -202,6 +203,8 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
         self._engine = None
         for hook in self._start_hooks:
             hook(self.settings)
+        # What they have made is the program's, too: see `taskmesh.garbage`.
+        gc.freeze()
 
     def sessions(self) -> TaskSession:
         """A new session on this process's engine."""
@@ -218,14 +221,15 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
             # SQLAlchemy's isolation level says the same, at the price of a statement.
             driver_connection = connection.connection.driver_connection
             assert driver_connection is not None
-            driver_connection.autocommit = True
             try:
+                driver_connection.autocommit = True
                 yield connection
+                driver_connection.autocommit = False
             except BaseException:
+                # Wherever a time limit has come: nobody may find a connection here that commits by itself.
                 if not connection.closed and not connection.invalidated:
                     units.abandon(connection)
                 raise
-            driver_connection.autocommit = False
 
     def dispose_connections(self) -> None:
         """Close pooled connections, so that the next attempt meets a database and not a dead socket."""

@@ -12,8 +12,8 @@ from uuid import UUID
 import psycopg
 from opentelemetry.trace import Span
 from psycopg.pq import TransactionStatus
-from sqlalchemy import Connection, NestedTransaction, update
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import Connection, NestedTransaction, RootTransaction, update
+from sqlalchemy.exc import InvalidRequestError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from taskmesh import inbox, outbox, telemetry
@@ -77,13 +77,21 @@ class Unit:
         self.watch: CancelWatch | None = None
         self._connect = connect
         self._connection: Connection | None = None
-        self._savepoint: NestedTransaction | None = None
+        self._transaction: RootTransaction | None = None
+        self._savepoint: str | None = None
         self._session: TaskSession | None = None
+        self._is_settled = False
         self._span: Span | None = None
 
     @property
     def session(self) -> TaskSession:
-        """The session of the transaction that will be committed with the inbox row; opened at first use."""
+        """The session of the transaction that will be committed with the inbox row; opened at first use.
+
+        Once the unit is settled, for hooks, one that reads: what it writes is not committed.
+        """
+        if self._session is None and self._is_settled:
+            self._connection = self._connect()
+            self._session = TaskSession(self._connection)
         return self._session or self.open()
 
     def open(self, *, unless_cancelled: bool = False) -> TaskSession:
@@ -93,15 +101,20 @@ class Unit:
             AlreadySettled: The inbox knows the attempt.
             TaskCancelled: Somebody wants the task cancelled, and `unless_cancelled` is asked for.
         """
+        # If it was interrupted before: its own claim would keep it waiting.
+        self.drop()
         connection = self._begin(InboxState.SUCCEEDED, unless_cancelled=unless_cancelled)
-        # What the task writes can then be undone without giving up the claim: no second delivery gets in between.
-        self._savepoint = connection.begin_nested()
-        # All that the session may end is the savepoint: what it rolls back is the task's own work.
-        session = self._session = TaskSession(connection, join_transaction_mode="rollback_only")
+        # In a savepoint, and a new one after each rollback of the task's own: what it writes can be undone without
+        # giving up the claim, and no second delivery gets in between.
+        session = TaskSession(connection, join_transaction_mode="create_savepoint")
+        session.connection()
+        self._savepoint = _name_of(connection.get_nested_transaction())
+        self._session = session
         return session
 
     def _begin(self, state: InboxState, *, unless_cancelled: bool = False) -> Connection:
         connection = self._connection = self._connect()
+        self._transaction = connection.begin()
         self._span = telemetry.tracer().start_span("effect transaction")
         claim = inbox.claim(connection, self.key.task_id, self.key.sequence, state)
         if claim is None:
@@ -123,7 +136,10 @@ class Unit:
         """
         session = self.session
         session.flush()
+        # Refused if a flush has failed and nobody has rolled it back.
         connection = session.connection()
+        if not self._goes_on(connection):
+            raise InvalidRequestError("the task has ended the transaction that it runs in")
         if state is not InboxState.SUCCEEDED:
             self._record(connection, state, **({"starts": 0} if replaced else {}))
         self._commit(connection, messages)
@@ -152,9 +168,11 @@ class Unit:
 
     def _commit(self, connection: Connection, messages: list[OutboxMessage]) -> None:
         outbox.put(connection, messages)
-        # With the savepoint in it, which needs no statement of its own to be kept.
+        # With the savepoints in it, which need no statement of their own to be kept.
         connection.commit()
         self._end_span("committed", len(messages))
+        self._is_settled = True
+        self._close()
 
     def _end_span(self, outcome: str, messages: int) -> None:
         span, self._span = self._span, None
@@ -169,35 +187,45 @@ class Unit:
 
     def _undo(self) -> None:
         """Back to the claim if the transaction is sound; else drop it, and the claim with it."""
-        if self._session is not None and self._savepoint is not None and self._is_sound():
-            # A flush that failed has been undone, and nothing can have been written since.
-            is_undone = not self._session.is_active
+        connection = self._connection
+        if self._session is not None and connection is not None and self._is_sound(connection):
+            self._session.expunge_all()
             try:
-                self._session.close()
-                if self._savepoint.is_active:
-                    self._savepoint.rollback()
-                    is_undone = True
-            except SQLAlchemyError:
-                is_undone = False
-            self._session = None
-            if is_undone:
+                # By its name: PostgreSQL keeps it, whatever the session or the task has made of the savepoints in it.
+                connection.connection.cursor().execute(f"rollback to savepoint {self._savepoint}")
+            except (SQLAlchemyError, psycopg.Error):
+                pass
+            else:
                 return
         self.drop()
 
-    def _is_sound(self) -> bool:
-        return self._connection is not None and _status(self._connection) in SOUND
+    def _goes_on(self, connection: Connection) -> bool:
+        """True if the transaction that began with the claim has not ended; a task may have ended it."""
+        return connection.get_transaction() is self._transaction
+
+    def _is_sound(self, connection: Connection) -> bool:
+        return self._goes_on(connection) and _status(connection) in SOUND
 
     def drop(self) -> None:
         """Give up the transaction, whatever state it is in."""
-        connection, session = self._connection, self._session
-        self._connection = self._session = self._savepoint = None
         self._end_span("rolled back", 0)
-        if session is not None:
-            session.expunge_all()
+        self._close()
+
+    def _close(self) -> None:
+        connection, session = self._connection, self._session
+        self._connection = self._transaction = self._savepoint = self._session = None
         if connection is not None:
             if _status(connection) is TransactionStatus.ACTIVE:
                 abandon(connection)
             connection.close()
+        if session is not None:
+            # Its connection is closed: nothing is sent any more.
+            session.close()
+
+
+def _name_of(savepoint: NestedTransaction | None) -> str:
+    assert savepoint is not None
+    return savepoint._savepoint  # noqa: SLF001 - SQLAlchemy tells it nowhere else
 
 
 def give_up(session: Session) -> None:
