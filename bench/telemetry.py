@@ -227,7 +227,7 @@ def main() -> int:
     parser.add_argument("--connections", type=int, default=48, help="to the gateway")
     parser.add_argument("--only", choices=("gateway", "worker"))
     options = parser.parse_args()
-    run = new_run()
+    run = new_run(on_disk=True)
     claim(run)
     fine = True
     try:

@@ -75,7 +75,7 @@ class Ground:
 def standing() -> Iterator[Ground]:
     """Start both servers for the block; afterwards they are gone with their data."""
     release_abandoned()
-    run = new_run()
+    run = new_run(on_disk=True)
     claim(run)
     try:
         run.mkdir(mode=0o755, exist_ok=True)

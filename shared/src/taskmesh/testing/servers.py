@@ -35,7 +35,9 @@ def _folder() -> Path:
     return Path(tempfile.gettempdir())
 
 
-RUNS = _folder() / f"taskmesh-tests-{os.getuid()}"
+_NAME = f"taskmesh-tests-{os.getuid()}"
+RUNS = _folder() / _NAME
+RUNS_ON_DISK = Path(tempfile.gettempdir()) / _NAME
 
 
 class Servers:
@@ -97,14 +99,18 @@ class Servers:
             yield
 
 
-def new_run() -> Path:
-    """The folder of a new test run, named for the process that will clean up; it is made when it is needed."""
-    return RUNS / f"run-{os.getpid()}"
+def new_run(*, on_disk: bool = False) -> Path:
+    """The folder of a new test run, named for the process that will clean up; it is made when it is needed.
+
+    Args:
+        on_disk: Never in memory: what is written there costs what it costs a deployment.
+    """
+    return (RUNS_ON_DISK if on_disk else RUNS) / f"run-{os.getpid()}"
 
 
 def claim(folder: Path) -> None:
     """Record that this process cleans up the run's folder."""
-    RUNS.mkdir(mode=0o755, exist_ok=True)
+    folder.parent.mkdir(mode=0o755, exist_ok=True)
     records.write(folder.with_suffix(".json"), Process.of(os.getpid()).to_json())
 
 
@@ -116,7 +122,7 @@ def release(folder: Path) -> None:
 
 def release_abandoned() -> None:
     """Stop the servers of runs that were killed before they could."""
-    for record in RUNS.glob("run-*.json"):
+    for record in (record for runs in {RUNS, RUNS_ON_DISK} for record in runs.glob("run-*.json")):
         owner = Process.from_json(records.read(record))
         if owner is None or not owner.is_running():
             release(record.with_suffix(""))
