@@ -37,7 +37,7 @@ class ProjectorSettings(ServiceSettings):
 
 
 class SchedulerSettings(ServiceSettings):
-    scheduler_poll_seconds: Annotated[float, Field(gt=0, le=60)] = 1.0
+    scheduler_poll_seconds: Annotated[float, Field(gt=0, le=60)] = 2.0
     """The longest sleep between looks at the schedules."""
 
 
