@@ -28,9 +28,7 @@ def backlog(stage: Stage) -> list[Measured]:
     full.until_published(seconds=waiting / 200)
     full.stop("relay")
     names = {f"{waiting:,} waiting": full, "empty": idle}
-    submits: dict[str, Turn] = {
-        name: partial(_submit, stage, mesh, clear=mesh is idle) for name, mesh in names.items()
-    }
+    submits: dict[str, Turn] = {name: partial(_submit, stage, mesh, clear=mesh is idle) for name, mesh in names.items()}
     first = stage.contest(submits)
     with full.gateway_database() as ledger:
         # What was submitted meanwhile: a queue takes no more than a million, and the relay would try again and again.

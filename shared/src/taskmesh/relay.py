@@ -34,6 +34,7 @@ from taskmesh.database import is_unavailable, reason_of
 from taskmesh.errors import BrokerUnavailable, TransientError
 from taskmesh.health import Health
 from taskmesh.inbox import InboxState, inbox
+from taskmesh.listening import ListeningConnection
 from taskmesh.metrics import catalogue, instruments
 from taskmesh.outbox import NOTIFY_CHANNEL, insert_messages, outbox
 from taskmesh.outbox_watch import Watch
@@ -382,7 +383,7 @@ class Relay:
         while True:
             with contextlib.suppress(psycopg.Error, OSError):
                 name = f"{self._service}-relay-listener"
-                async with await psycopg.AsyncConnection.connect(
+                async with await ListeningConnection.connect(
                     url, autocommit=True, connect_timeout=5, application_name=name
                 ) as connection:
                     await connection.execute(f"listen {NOTIFY_CHANNEL}")

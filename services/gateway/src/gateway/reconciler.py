@@ -28,6 +28,7 @@ from taskmesh import amqp
 from taskmesh.database import KEEPALIVE
 from taskmesh.errors import DatabaseUnavailable
 from taskmesh.health import Health
+from taskmesh.listening import ListeningConnection
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class Role:
 
     @contextlib.asynccontextmanager
     async def _connect(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
-        connection = await psycopg.AsyncConnection.connect(
+        connection = await ListeningConnection.connect(
             make_conninfo(self._settings.database_url.get_secret_value(), **KEEPALIVE),
             autocommit=True,
             connect_timeout=CONNECT_SECONDS,

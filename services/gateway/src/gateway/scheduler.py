@@ -31,6 +31,7 @@ from taskmesh.contracts.lifecycle import TERMINAL
 from taskmesh.database import is_unavailable
 from taskmesh.errors import DatabaseUnavailable
 from taskmesh.health import Health
+from taskmesh.listening import ListeningConnection
 from taskmesh.traces import Relation
 
 logger = logging.getLogger(__name__)
@@ -178,7 +179,7 @@ async def _listen(database_url: str, wake: asyncio.Event) -> None:
     """Set `wake` whenever a schedule has changed; while this cannot listen, the poll finds changes."""
     while True:
         try:
-            connection = await psycopg.AsyncConnection.connect(
+            connection = await ListeningConnection.connect(
                 database_url,
                 autocommit=True,
                 connect_timeout=CONNECT_SECONDS,

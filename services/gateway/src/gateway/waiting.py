@@ -25,6 +25,7 @@ from gateway.models import TASKS_CHANNEL
 from gateway.transactions import CONNECT_SECONDS, transaction
 from taskmesh.contracts.lifecycle import TaskState
 from taskmesh.errors import DatabaseUnavailable
+from taskmesh.listening import ListeningConnection
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Doorbell:
         delay_seconds = 0.1
         while True:
             try:
-                connection = await psycopg.AsyncConnection.connect(
+                connection = await ListeningConnection.connect(
                     self._url.get_secret_value(),
                     autocommit=True,
                     connect_timeout=CONNECT_SECONDS,
