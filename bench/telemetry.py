@@ -215,9 +215,9 @@ def compare(what: str, turns: Turns, rounds: int) -> bool:
     rates = {name: statistics.median(each[name].rate for each in done) for name in ("off", "on")}
     cpus = {name: statistics.median(each[name].cpu_per_1000 for each in done) for name in ("off", "on")}
     more = cpus["on"] - cpus["off"]
-    allowed = (
-        f"{SECONDS_ALLOWED[what]:.3f} s" if what in SECONDS_ALLOWED else f"{SHARE_ALLOWED[what]:.0%} of throughput"
-    )
+    seconds, share = SECONDS_ALLOWED.get(what), SHARE_ALLOWED.get(what)
+    fine = (share is None or lost <= share) and (seconds is None or more <= seconds)
+    allowed = f"{seconds:.3f} s" if share is None else f"{share:.0%} of throughput"
     print(
         f"{what}: {rates['off']:.0f}/s without, {rates['on']:.0f}/s with telemetry: {lost:.1%} of throughput;"
         f" CPU of 1,000 tasks {cpus['off']:.3f} s and {cpus['on']:.3f} s: {more:+.3f} s, {dearer:+.1%}"
