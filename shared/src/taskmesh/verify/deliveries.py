@@ -42,6 +42,8 @@ from taskmesh.verify.report import Finding, Report, TypeReport, Verdict, Way, no
 from taskmesh.verify.sandbox import Sandbox, Scene, World
 
 POLL_SECONDS = 0.05
+APART_SECONDS = 1.1
+"""Between two clean runs: what tells the time in whole seconds, as a mail's `Date` does, is to differ between them."""
 
 POISON = "poison"
 """The code of a task that has lost as many runs as it has attempts."""
@@ -278,13 +280,14 @@ class Verification:
 
     def _clean(self, kind: TypeManifest, task: Task, sample: Sample) -> Clean | str:
         """Deliver the task in two worlds, and once more in the second; or say why that tells nothing."""
-        alone = self._alone(kind, task, sample)
+        alone, begun = self._alone(kind, task, sample), time.monotonic()
         if isinstance(alone, str):
             return alone
         self._say(f"{kind.type}: again")
         with self._sandbox.scene(sample.world) as scene, psycopg.connect(scene.database_url, autocommit=True) as rows:
             delivering = Delivering(self._sandbox, scene, task, rows)
             advance_sequences(rows)
+            time.sleep(max(0.0, begun + APART_SECONDS - time.monotonic()))
             try:
                 outcome = delivering.deliver()
                 once = delivering.effects()

@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import Connection
+
 from taskmesh.verify.journal import HEADER, Fault, Journal, Step
 
 PRELOADED = (
@@ -150,10 +152,10 @@ def _watch_acknowledgements(journal: Journal) -> None:
 
 
 def _meet_faults(journal: Journal) -> None:
-    """The last commit of a task is the one commit of a task's session inside of its unit's settling."""
-    from taskmesh.worker.unit import TaskSession, Unit
+    """The last commit of a task is its unit's, inside of its settling."""
+    from taskmesh.worker.unit import Unit
 
-    settle, commit = Unit.settle, TaskSession.commit
+    settle, commit = Unit.settle, Unit.commit
 
     def settling(self: Unit, *args: Any, **kwargs: Any) -> None:
         before = _settling.set(True)
@@ -162,13 +164,13 @@ def _meet_faults(journal: Journal) -> None:
         finally:
             _settling.reset(before)
 
-    def committing(self: TaskSession) -> None:
+    def committing(self: Unit, connection: Connection) -> None:
         if _settling.get():
             _strike(journal)
-        commit(self)
+        commit(self, connection)
 
     Unit.settle = settling  # type: ignore[method-assign]
-    TaskSession.commit = committing  # type: ignore[method-assign]
+    Unit.commit = committing  # type: ignore[method-assign]
 
 
 def _strike(journal: Journal) -> None:

@@ -168,11 +168,14 @@ class Unit:
 
     def _commit(self, connection: Connection, messages: list[OutboxMessage]) -> None:
         outbox.put(connection, messages)
-        # With the savepoints in it, which need no statement of their own to be kept.
-        connection.commit()
+        self.commit(connection)
         self._end_span("committed", len(messages))
         self._is_settled = True
         self._close()
+
+    def commit(self, connection: Connection) -> None:
+        """The one commit of a unit, with its savepoints, which need no statement of their own to be kept."""
+        connection.commit()
 
     def _end_span(self, outcome: str, messages: int) -> None:
         span, self._span = self._span, None
