@@ -218,7 +218,7 @@ class WorkerApp(Celery):  # type: ignore[misc]  # Celery has no types
     def autocommit(self) -> Iterator[Connection]:
         """A connection on this process's engine whose statements count at once."""
         with self.connect() as connection:
-            # SQLAlchemy's isolation level says the same, at the price of a statement.
+            # SQLAlchemy's isolation level says the same, and takes longer than the statement.
             driver_connection = connection.connection.driver_connection
             assert driver_connection is not None
             try:

@@ -197,6 +197,7 @@ class Unit:
                 # By its name: PostgreSQL keeps it, whatever the session or the task has made of the savepoints in it.
                 connection.connection.cursor().execute(f"rollback to savepoint {self._savepoint}")
             except (SQLAlchemyError, psycopg.Error):
+                # The connection was lost, or the task has removed the savepoint: then all of it goes.
                 pass
             else:
                 return
